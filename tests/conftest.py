@@ -1,0 +1,47 @@
+"What all tests share: a lab of their own in a temporary folder, and the embedded model, loaded once."
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+
+root = Path(__file__).resolve().parents[1]
+os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+
+@pytest.fixture(scope='session')
+def database_template(tmp_path_factory):
+    "An empty MLflow database, made once: MLflow takes seconds to create its tables."
+    from mlflow.store.db.utils import _initialize_tables
+    from sqlalchemy import create_engine
+    file = tmp_path_factory.mktemp('mlflow') / 'empty.db'
+    engine = create_engine(f'sqlite:///{file}')
+    _initialize_tables(engine)
+    engine.dispose()
+    return file
+
+
+@pytest.fixture
+def mlflow_home(tmp_path, monkeypatch, database_template):
+    "A folder with a fresh tracking store; settings and child processes use it."
+    home = tmp_path / 'mlruns'
+    home.mkdir()
+    shutil.copy(database_template, home / 'mlflow.db')
+    monkeypatch.setenv('GENAI_LAB_TRACKING_URI', f'sqlite:///{home}/mlflow.db')
+    monkeypatch.setenv('GENAI_LAB_ARTIFACT_ROOT', str(home / 'artifacts'))
+    monkeypatch.delenv('MLFLOW_TRACKING_URI', raising=False)
+    return home
+
+
+@pytest.fixture(autouse=True)
+def lab(tmp_path, monkeypatch):
+    "No test writes to the lab's own store, whatever the environment says."
+    monkeypatch.setenv('GENAI_LAB_TRACKING_URI', f'sqlite:///{tmp_path}/mlruns/mlflow.db')
+    monkeypatch.setenv('GENAI_LAB_ARTIFACT_ROOT', str(tmp_path / 'mlruns' / 'artifacts'))
+
+
+@pytest.fixture(scope='session')
+def model():
+    "The embedded model."
+    from genai_lab.models import load_model
+    return load_model('smollm2-135m')
