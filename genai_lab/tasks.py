@@ -47,6 +47,7 @@ class Task:
     output: str = 'choice'          # choice, generate, loglikelihood or perplexity
     choices: tuple | str = ()       # the labels, or the column that holds each row's own list of them
     metrics: tuple = ()             # names; empty: the usual ones for `output`
+    metric_options: dict = field(default_factory=dict) # options by metric name, such as {'exact_match': {'ignore_case': True}}
     id: str = ''                    # the column that identifies a sample; empty: its row number
     stop: tuple = ()                # sequences that end a generated answer
     max_tokens: int = 64            # of a generated answer
