@@ -124,7 +124,7 @@ def _source(f):
 @patch
 def _labels(self: Task, row):
     "The choices of one row."
-    return tuple(map(str, row[self.choices] if isinstance(self.choices, str) else self.choices)) if self.output == 'choice' else ()
+    return tuple(map(str, row[self.choices] if isinstance(self.choices, str) else self.choices))
 
 # %% ../nbs/12_tasks.ipynb #65103a98
 @patch
@@ -141,7 +141,7 @@ def sample(self: Task,
     if target is None or target != target: s.error = f'the reference in column "{self.target}" is empty'
     try: s.prompt = prompt.render({**row, 'choices': list(labels)} if labels else row, chat=chat)
     except EmptyValue as e: s.error = str(e)
-    ends = labels or ((str(target),) if self.output == 'loglikelihood' else ())
+    ends = dict(choice=labels, loglikelihood=(str(target),)).get(self.output, ())
     s.continuations = tuple(('' if chat else prompt.delimiter) + e for e in ends)
     return s
 
@@ -154,7 +154,7 @@ def samples(self: Task,
     "All rows, rendered; a prompt that does not fit the data is a `LabError`."
     prompt = prompt or self.prompt
     if prompt is None: raise LabError(f'{self.where} has no prompt; give one to the task or to evaluate')
-    prompt.check([*self.data.columns, *(['choices'] if self.output == 'choice' else [])], self.where)
+    prompt.check([*self.data.columns, *(['choices'] if self.choices else [])], self.where)
     self.check_examples(prompt)
     ids = self.data[self.id].tolist() if self.id else range(len(self.data))
     return [self.sample(r, i, prompt, chat) for r, i in zip(self.data.to_dict('records'), ids)]
