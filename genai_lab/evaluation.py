@@ -38,26 +38,37 @@ def _record(s, task, **answer):
     return {**r, **answer}
 
 # %% ../nbs/13_evaluation.ipynb #7ad99ae1
-def _choose(task, model, samples, opts):
+def _choose(task, model, samples, opts, blanks):
     "Score all choices of all samples in one call, and pick."
     ask = [s for s in samples if not s.error]
     pairs = [(s.prompt, c) for s in ask for c in s.continuations]
     bare = sorted({c for s in ask for c in s.continuations}) if 'accuracy_mutual_info' in task.metrics else []
-    scores = model.loglikelihood(pairs + [('', c) for c in bare], **opts)
-    prior = {c: s.logprob for c, s in zip(bare, scores[len(pairs):])}
+    empty = [(s.prompt, c) for s in blanks for c in s.continuations]
+    scores = model.loglikelihood(pairs + [('', c) for c in bare] + empty, **opts)
+    alone = {c: s.logprob for c, s in zip(bare, scores[len(pairs):])}
+    prior = _prior(scores[len(pairs) + len(bare):], len(blanks))
     it = iter(scores)
-    return [_choice_record(s, task, [next(it) for _ in s.continuations] if not s.error else [], prior) for s in samples]
+    return [_choice_record(s, task, [next(it) for _ in s.continuations] if not s.error else [], alone, prior) for s in samples]
 
 # %% ../nbs/13_evaluation.ipynb #0300ac30
-def _choice_record(s, task, scores, prior):
+def _log_normal(lp): return lp - np.logaddexp.reduce(lp, axis=-1, keepdims=True)
+
+def _prior(scores, n):
+    "Log of the mean probability of each choice over `n` blank prompts; 0 without blanks."
+    if not n: return 0.
+    if bad := next((s for s in scores if s.error or not math.isfinite(s.logprob)), None): raise LabError(f'a blank row of the prompt cannot be scored: {bad.error or "no finite score"}')
+    return np.logaddexp.reduce(_log_normal(np.array([s.logprob for s in scores]).reshape(n, -1)), axis=0) - math.log(n)
+
+# %% ../nbs/13_evaluation.ipynb #31baf552
+def _choice_record(s, task, scores, alone, prior):
     "The record of one choice sample from its scores."
     if bad := next((x for x in scores if x.error or not math.isfinite(x.logprob)), None): s.error = bad.error or 'the model gave no finite score'
     if s.error: return _record(s, task, choices=list(s.choices), logprobs=None)
     lp = np.array([x.logprob for x in scores])
-    norm = lp / np.array([len(c) for c in s.choices])
-    r = dict(choices=list(s.choices), logprobs=lp.tolist(), prediction=s.choices[lp.argmax()], prediction_norm=s.choices[norm.argmax()],
-             confidence=float(np.exp(lp.max() - np.logaddexp.reduce(lp))))
-    if prior: r['prediction_mutual_info'] = s.choices[(lp - np.array([prior[c] for c in s.continuations])).argmax()]
+    said, norm = _log_normal(lp - prior), (lp - prior) / np.array([len(c) for c in s.choices])
+    r = dict(choices=list(s.choices), logprobs=lp.tolist(), prediction=s.choices[said.argmax()], prediction_norm=s.choices[norm.argmax()], confidence=float(np.exp(said.max())))
+    if alone: r['prediction_mutual_info'] = s.choices[(lp - np.array([alone[c] for c in s.continuations])).argmax()]
+    if np.ndim(prior): r['prior'] = prior.tolist()
     return _record(s, task, **r)
 
 # %% ../nbs/13_evaluation.ipynb #72c85d35
@@ -261,10 +272,11 @@ def evaluate(
     needs = dict(generate='generate', perplexity='rolling').get(task.output, 'loglikelihood')
     if not model.can(needs): raise LabError(f'{task.where} needs {needs}, which model "{model.name}" cannot do; take a local model, or output="generate"')
     chat = bool(getattr(task, 'chat', model.chat)) if chat is None else chat
-    samples = _rendered(model, task.samples(prompt, chat=chat and task.output != 'perplexity'), chat)
+    chat = chat and task.output != 'perplexity'
+    samples, blanks = (_rendered(model, ss, chat) for ss in (task.samples(prompt, chat), task.blanks(prompt, chat)))
     opts = dict(progress=progress, **(dict(temperature=temperature, seed=seed) if task.output == 'generate' else {}))
     start = time.perf_counter()
-    ask = getattr(task, 'ask', None) or partial(dict(choice=_choose, generate=_write).get(task.output, _score), task)
+    ask = getattr(task, 'ask', None) or partial(dict(choice=partial(_choose, blanks=blanks), generate=_write).get(task.output, _score), task)
     records = ask(model, samples, opts)
     usage = dict(seconds=time.perf_counter() - start)
     prints = dict(data=task.data_fingerprint, task=task.fingerprint, prompt=prompt.fingerprint, model=model.fingerprint)

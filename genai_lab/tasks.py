@@ -159,6 +159,17 @@ def samples(self: Task,
     ids = self.data[self.id].tolist() if self.id else range(len(self.data))
     return [self.sample(r, i, prompt, chat) for r, i in zip(self.data.to_dict('records'), ids)]
 
+# %% ../nbs/12_tasks.ipynb #d4872e32
+@patch
+def blanks(self: Task,
+    prompt, # Prompt
+    chat,   # whether the model takes messages
+): # list of Sample, one for each blank row of the prompt
+    "The prompt without content, as often as it has blank rows."
+    if not prompt.blank: return []
+    if self.output != 'choice' or isinstance(self.choices, str): raise LabError(f'{prompt.where}: blank rows calibrate a fixed list of choices, and {self.where} has none; leave `blank` out')
+    return [self.sample({self.target: self.choices[0], **b}, f'blank {i + 1}', prompt, chat) for i, b in enumerate(prompt.blank)]
+
 # %% ../nbs/12_tasks.ipynb #1e6252e6
 def _fold(text): return ' '.join(text.lower().split())
 
