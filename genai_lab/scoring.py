@@ -584,9 +584,12 @@ def _limits(self:Scorer, kv, depth):
     masks = 4 * (depth + 2 * self.group) * self.packed.dtype.itemsize
     free = self.memory - kv * (depth + 2 * self.group) - 2**24
     tokens = int(min(self.batch_tokens, max(0, free) * 0.6 // (token + masks)))
-    if tokens < min(16, self.batch_tokens): return 0, 0
-    if tokens < self.batch_tokens: self.note(f'forward passes were cut to {plural(tokens, "token")} to stay within {self.memory >> 20:,} MB')
-    return tokens, int(max(1, free * 0.4 // row))
+    return (tokens, int(max(1, free * 0.4 // row))) if tokens >= min(16, self.batch_tokens) else (0, 0)
+
+@patch
+def _longest(self:Scorer, kv, lengths):
+    "The longest of the input lengths that the budget can hold; 0 when none."
+    return max((n for n in set(lengths) if self._limits(kv, n)[0]), default=0)
 
 # %% ../nbs/02_scoring.ipynb #6923e0ed
 def run_end(
@@ -643,7 +646,7 @@ def repair(self:Walk,
 @patch
 def _walk(self:Scorer, job, tokens, rows):
     "Score a job with packed runs."
-    lo, n = 0, len(job.tree)
+    lo, n, counted = 0, len(job.tree), 0
     with self.packed.packed():
         walk = Walk(self.packed, job.tree, self.group)
         while lo < n:
@@ -657,8 +660,8 @@ def _walk(self:Scorer, job, tokens, rows):
                 walk.path = path
                 walk.repair(path[:job.tree.depth[lo]], tokens)
                 continue
-            lo = hi
-            self._count(walk.computed)
+            self._count(walk.computed - counted)
+            lo, counted = hi, walk.computed
             job.finish(lo)
 
 # %% ../nbs/02_scoring.ipynb #624e5b95
@@ -670,7 +673,7 @@ def _halved(self:Scorer, tokens):
     return tokens // 2
 
 @patch
-def _count(self:Scorer, computed): self.stats = replace(self.stats, tokens_computed=computed)
+def _count(self:Scorer, n): self.stats = replace(self.stats, tokens_computed=self.stats.tokens_computed + n)
 
 # %% ../nbs/02_scoring.ipynb #1187ed6d
 @patch
@@ -717,7 +720,7 @@ def _plain(self:Scorer, job, tokens):
     "Score a job in padded batches."
     job.asking = np.zeros(len(job.tree), dtype=bool)
     job.asking[job.slots] = True
-    done, todo, computed = ~job.asking, job._leaves(), 0
+    done, todo = ~job.asking, job._leaves()
     with self.packed.quiet():
         while todo:
             batch = todo[:max(1, tokens // len(todo[0]))]
@@ -726,8 +729,8 @@ def _plain(self:Scorer, job, tokens):
                 if not out_of_memory(e) or len(batch) == 1: raise
                 tokens = self._halved(tokens)
                 continue
-            todo, computed = todo[len(batch):], computed + len(batch) * len(batch[0])
-            self._count(computed)
+            todo = todo[len(batch):]
+            self._count(len(batch) * len(batch[0]))
             job.finish_done(done)
 
 @patch
@@ -760,16 +763,28 @@ def _dispatch(self:Scorer, inputs, conts, done):
     if why:
         self.note(f'prefixes are not shared: {why}; requests are scored in plain padded batches')
         return self._plain(Job(inputs, conts, done), self.batch_tokens)
-    longest = max(map(len, inputs))
-    tokens, rows = self._limits(kv, longest)
-    if tokens: return self._walk(Job(inputs, conts, done), tokens, rows)
-    most = sorted(map(len, inputs))[len(inputs) // 2]
-    if most == longest: raise LabError(f'a memory budget of {self.memory >> 20:,} MB cannot hold inputs of {longest:,} tokens; give memory_mb')
-    fits = [len(a) <= most for a in inputs]
-    for i, ok in enumerate(fits):
-        if not ok: done(i, failed(f'input of {len(inputs[i]):,} tokens does not fit into the memory budget of {self.memory >> 20:,} MB', len(conts[i])))
-    keep = [i for i, ok in enumerate(fits) if ok]
-    self._dispatch([inputs[i] for i in keep], [conts[i] for i in keep], lambda i, s: done(keep[i], s))
+    most = self._longest(kv, map(len, inputs))
+    keep = [i for i, a in enumerate(inputs) if len(a) <= most]
+    if not keep: raise LabError(f'a memory budget of {self.memory >> 20:,} MB cannot hold inputs of {min(map(len, inputs)):,} tokens; give memory_mb')
+    for i, a in enumerate(inputs):
+        if len(a) > most: done(i, failed(f'input of {len(a):,} tokens does not fit into the memory budget of {self.memory >> 20:,} MB', len(conts[i])))
+    tokens, rows = self._limits(kv, most)
+    if tokens < self.batch_tokens: self.note(f'forward passes were cut to {plural(tokens, "token")} to stay within {self.memory >> 20:,} MB')
+    self._share([inputs[i] for i in keep], [conts[i] for i in keep], lambda i, s: done(keep[i], s), tokens, rows)
+
+# %% ../nbs/02_scoring.ipynb #90b8dcb5
+@patch
+def _share(self:Scorer, inputs, conts, done, tokens, rows):
+    "Score with shared prefixes; what comes out as nan is scored again alone."
+    spoiled = {}
+    def first(i, score): spoiled.__setitem__(i, score) if score.error else done(i, score)
+    self._walk(Job(inputs, conts, first), tokens, rows)
+    again, all_bad = sorted(spoiled), len(spoiled) == len(inputs)
+    for part in (again[:16], again[16:]):
+        take = lambda j, score: spoiled.__setitem__(part[j], score)
+        if part: self._plain(Job([inputs[i] for i in part], [conts[i] for i in part], take), self.batch_tokens)
+        if all_bad and all(spoiled[i].error for i in part): break
+    for i in again: done(i, spoiled[i])
 
 # %% ../nbs/02_scoring.ipynb #04e2e041
 @patch

@@ -40,7 +40,7 @@ def to_dict(self:Estimate): return asdict(self)
 
 # %% ../nbs/11_stats.ipynb #11965483
 def _number(x, percent, largest): # one number of an estimate whose largest part is `largest`
-    if math.isnan(x): return 'n/a'
+    if not math.isfinite(x): return 'n/a'
     if percent: return f'{100 * x:.1f}%'
     return f'{x:,.{3 if largest <= 1 else max(0, 2 - int(math.log10(largest)))}f}'
 
@@ -449,7 +449,7 @@ def to_frame(self:PairedTest):
 def __repr__(self:PairedTest):
     counts = '' if self.wins is None else f', {self.wins:,} wins, {self.losses:,} losses, {self.ties:,} ties'
     after = f', {p_text(self.p_adjusted)} after {self.adjustment} for {plural(self.comparisons, "comparison")}' if self.p_adjusted is not None else ''
-    return f'B minus A: {self.difference}, {p_text(self.p)} ({self.test}){after}{counts}, {self.effect_name} {self.effect:.2f}'
+    return f'B minus A: {self.difference}, {p_text(self.p)} ({self.test}){after}{counts}, {self.effect_name} {_number(self.effect, False, 1 + abs(self.effect))}'
 
 @patch
 def _repr_html_(self:PairedTest): return f'<span>{interval_bar(self.difference)} {html.escape(str(self))}</span>'

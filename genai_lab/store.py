@@ -365,8 +365,8 @@ def introduce(self: Store, model # whose card is kept
              ):
     "Keep the card of a model, once."
     if model.fingerprint in self._cards or self.readonly: return
-    card = model_card(model)
-    new = self._do(lambda db: db.execute('insert or ignore into models values (?,?,?,?)', (card['fingerprint'], card['name'], redact(_json(card)), time.time())).rowcount)
+    card = json.loads(redact(_json(model_card(model))))
+    new = self._do(lambda db: db.execute('insert or ignore into models values (?,?,?,?)', (card['fingerprint'], card['name'], _json(card), time.time())).rowcount)
     if new and self.lines: self._append(dict(card=card))
     self._cards.add(model.fingerprint)
 

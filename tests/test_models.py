@@ -296,6 +296,7 @@ def test_unsafe_and_broken_folders(shop, folder, tmp_path):
     fails(lambda: load_model(tmp_path / 'empty'), 'config.json')
 
 
+@pytest.mark.filterwarnings('ignore::FutureWarning')
 def test_adapters(shop, gguf, tmp_path):
     import torch
     from peft import LoraConfig, get_peft_model
@@ -389,6 +390,7 @@ def test_failure_of_everything_is_one_line(monkeypatch, caplog):
         fails(lambda: at(f'http://127.0.0.1:{s.getsockname()[1]}/v1').generate(prompts), 'cannot connect')
     for status, body, word in [(404, dict(error=dict(message='The model far-1 does not exist', code='model_not_found')), 'far-1'), (429, dict(error=dict(message='pay first', code='insufficient_quota')), 'no quota')]:
         with Upstream(reject=lambda ask: (status, body)) as up: fails(lambda: at(up.url).generate(prompts), word)
+    with Upstream(reject=lambda ask: (400, dict(detail='pinned to another model'))) as up: fails(lambda: at(up.url).generate(prompts), 'refuses every request', 'pinned')
 
 
 def test_patience_ends(monkeypatch):
@@ -485,4 +487,4 @@ def test_transformers_serve(served, model):
         assert [g.text.strip() for g in got] == [w.text.strip() for w in want]
         assert [g.prompt_tokens for g in got] == [w.prompt_tokens for w in want]
         fails(lambda: far.loglikelihood([('Bread is found in the', ' bakery')]), 'does not return the probabilities')
-        fails(lambda: at(proxy.url, source='another', timeout=60).generate(asks[:1]), 'another')
+        assert 'pinned' in at(proxy.url, source='another', timeout=60).generate(asks[:1])[0].error
