@@ -68,20 +68,17 @@ def seconds(
     return 3600 * h + 60 * m + s
 
 # %% ../nbs/90_cli.ipynb #19a071df
-@app.command()
+@app.command(epilog='Exit codes: 0 finished, 1 a cell failed, 2 wrong input or no record, 124 time-out, 130 Ctrl-C, 137 the kernel died, 143 terminated.')
 def run(
-    notebook: Annotated[Path, Argument(help='The notebook; its cell tagged "parameters" holds the defaults.', show_default=False)],
-    p: Annotated[Optional[list[str]], Option('-p', '--param', metavar='NAME=VALUE', help='Set a parameter; may be repeated. Text is taken as it is; lists and objects are JSON.')] = None,
-    f: Annotated[Optional[Path], Option('-f', '--params-file', metavar='FILE', help='Parameters from a YAML file; -p wins over it.')] = None,
-    name: Annotated[str, Option('--name', help='Name of the run in MLflow.', show_default='notebook and parameters')] = '',
-    timeout: Annotated[str, Option('--timeout', metavar='TIME', help='End the run after this time: 90, 15m, 2h; 0: never.', show_default='run_timeout of settings.ini')] = '',
-    output: Annotated[Optional[Path], Option('--output', metavar='DIR', help='Copy all files of the run to this folder.')] = None,
-    kernel: Annotated[str, Option('--kernel', help='Kernel to run in.', show_default="the notebook's")] = '',
+    notebook: Annotated[Path, Argument(help='The notebook; its cell tagged "parameters" holds the defaults.', show_default=False)], # Path of the notebook
+    p: Annotated[Optional[list[str]], Option('-p', '--param', metavar='NAME=VALUE', help='Set a parameter; may be repeated. Text is taken as it is; lists and objects are JSON.')] = None, # list of 'name=value'
+    f: Annotated[Optional[Path], Option('-f', '--params-file', metavar='FILE', help='Parameters from a YAML file; -p wins over it.')] = None, # Path of a YAML file
+    name: Annotated[str, Option('--name', help='Name of the run in MLflow.', show_default='notebook and parameters')] = '', # of the run
+    timeout: Annotated[str, Option('--timeout', metavar='TIME', help='End the run after this time: 90, 15m, 2h; 0: never.', show_default='run_timeout of settings.ini')] = '', # a duration, see `seconds`
+    output: Annotated[Optional[Path], Option('--output', metavar='DIR', help='Copy all files of the run to this folder.')] = None, # made where it is missing
+    kernel: Annotated[str, Option('--kernel', help='Kernel to run in.', show_default="the notebook's")] = '', # name of a kernel specification
 ):
-    """Run a notebook with parameters and record it in MLflow.
-
-    Exit codes: 0 finished, 1 a cell failed, 2 wrong input or no record, 124 time-out, 130 Ctrl-C, 137 the kernel died, 143 terminated.
-    """
+    "Run a notebook with parameters and record it in MLflow."
     from genai_lab.experiments import run_notebook, show_progress
     from genai_lab.notebooks import read_params, split_pairs
     with show_progress(notebook.stem) as show:
@@ -104,8 +101,8 @@ def report(
 # %% ../nbs/90_cli.ipynb #646fb84c
 @app.command()
 def ui(
-    port: Annotated[int, Option(help='Port to listen on.', min=1, max=65535)] = 5000,
-    host: Annotated[str, Option(help='Address to listen on; the default is reachable from this machine alone.')] = '127.0.0.1',
+    port: Annotated[int, Option(help='Port to listen on.', min=1, max=65535)] = 5000, # number
+    host: Annotated[str, Option(help='Address to listen on; the default is reachable from this machine alone.')] = '127.0.0.1', # IP address or name
 ):
     "Open MLflow on the lab's runs."
     from genai_lab.core import settings
@@ -149,8 +146,8 @@ def models_list():
 # %% ../nbs/90_cli.ipynb #825d2e53
 @models.command('fetch')
 def models_fetch(
-    name: Annotated[str, Argument(help='A name from the catalogue.', show_default='the default model')] = '',
-    refresh: Annotated[bool, Option('--refresh', help='Fetch again even if the copy in the cache is good.')] = False,
+    name: Annotated[str, Argument(help='A name from the catalogue.', show_default='the default model')] = '', # of a model
+    refresh: Annotated[bool, Option('--refresh', help='Fetch again even if the copy in the cache is good.')] = False, # ignore the cache
 ):
     "Fetch and check a model, so that it can be used without a network."
     from genai_lab.models import fetch_model

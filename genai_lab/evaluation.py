@@ -151,6 +151,12 @@ def answers(self: Scoreboard,
 
 # %% ../nbs/13_evaluation.ipynb #eaf21325
 @patch
+def statistic(self: Scoreboard):
+    "The metric as a function of predictions and references."
+    return mx.statistic(self.metric, **self.options)
+
+# %% ../nbs/13_evaluation.ipynb #13e2a631
+@patch
 def estimate(self: Scoreboard,
     level=.95, # of the interval
     seed=20,   # of the bootstrap
@@ -159,7 +165,7 @@ def estimate(self: Scoreboard,
     if self.metric in _ratios: return self._ratio(level, seed)
     v = self.values()
     if v is not None: return stats.mean(v / self.scale, level=level, seed=seed) if self.scale == 1 else _scaled(stats.mean(v / self.scale, level=level, seed=seed), self.scale)
-    return stats.bootstrap(mx.statistic(self.metric, **self.options), *self.answers(), level=level, seed=seed)
+    return stats.bootstrap(self.statistic(), *self.answers(), level=level, seed=seed)
 
 def _scaled(e, by): return replace(e, value=e.value * by, low=e.low * by, high=e.high * by)
 
@@ -181,7 +187,7 @@ def bounds(self: Scoreboard,
     "The value with every failure wrong, and with every failure right."
     if self.metric in _ratios: return None
     if self.values() is not None: return value, value + self.scale * float(self.failed.mean())
-    return value, float(mx.statistic(self.metric, **self.options)(*self.answers(right=True)))
+    return value, float(self.statistic()(*self.answers(right=True)))
 
 # %% ../nbs/13_evaluation.ipynb #1c2c76ef
 @dataclass(frozen=True)
@@ -385,7 +391,7 @@ def _paired(a, b, level, seed):
     va, vb = a.values(), b.values()
     if va is not None: return stats.paired(va, vb, level=level, seed=seed)
     (pa, t), (pb, _) = a.answers(), b.answers()
-    return stats.paired_statistic(mx.statistic(a.metric, **a.options), pa, pb, t, level=level, seed=seed)
+    return stats.paired_statistic(a.statistic(), pa, pb, t, level=level, seed=seed)
 
 # %% ../nbs/13_evaluation.ipynb #8e9bd44f
 @patch(as_prop=True)
@@ -417,9 +423,18 @@ def to_frame(self: Comparison):
 def __repr__(self: Comparison): return self.to_frame().drop(columns='test').round(4).to_string(index=False)
 
 @patch
+def table(self: Comparison):
+    "The same, formatted for reading."
+    share = self.best.board(self.metric).scale == 1
+    points = lambda t: f'{100 * t.difference.value:+.1f} points [{100 * t.difference.low:.1f}, {100 * t.difference.high:.1f}]' if share else str(t.difference)
+    rows = [{'comparison': f'{b} against {a}', 'difference': points(t), 'n': t.n, 'won': t.wins, 'lost': t.losses, 'p': stats.p_text(t.p)[2:] if t.p >= 1e-4 else '<0.0001',
+             f'p after {t.adjustment}': stats.p_text(t.final_p)[2:] if t.final_p >= 1e-4 else '<0.0001', 'claimed': 'yes' if t.claimed else 'no'} for (a, b), t in self.pairs.items()]
+    return pd.DataFrame(rows).dropna(axis=1)
+
+@patch
 def _repr_html_(self: Comparison):
-    method = next(iter(self.pairs.values())).adjustment
-    return show_frame(self.to_frame(), caption=f'{self.metric}, B minus A on the same samples; p adjusted by {method}') + ''.join(f'<p>{html.escape(v)}</p>' for v in self.sentences().values())
+    tests = ', '.join(sorted({t.test for t in self.pairs.values()}))
+    return show_frame(self.table(), caption=f'{self.metric} on the same {plural(2, self.unit)[2:]} ({tests})') + ''.join(f'<p>{html.escape(v)}</p>' for v in self.sentences().values())
 
 # %% ../nbs/13_evaluation.ipynb #5ba0af70
 def _credit(e, metric):

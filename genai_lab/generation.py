@@ -106,15 +106,18 @@ def choose(
     rngs,         # a numpy Generator for each row; unused at temperature 0
     temperature=0.0, # 0: the most likely token
     top_p=1.0,    # draw from the smallest set of tokens with at least this probability
-): # list of token ids
+): # list of token ids; -1 where the logits of a row are nan
     "The next token of each row."
     import torch
-    if temperature == 0: return logits.argmax(-1).tolist()
+    top, best = logits.max(-1)
+    bad = ~top.isfinite()
+    if temperature == 0: return best.masked_fill(bad, -1).tolist()
     probs = torch.softmax(logits.double() / temperature, -1)
     if top_p < 1: probs = _nucleus(probs, top_p)
     total = probs.cumsum(-1)
     u = torch.tensor([r.random() for r in rngs], dtype=total.dtype, device=total.device)[:, None] * total[:, -1:]
-    return torch.searchsorted(total, u, right=True).clamp_(max=logits.shape[-1] - 1)[:, 0].tolist()
+    drawn = torch.searchsorted(total, u, right=True)[:, 0].clamp_(max=logits.shape[-1] - 1)
+    return drawn.masked_fill(bad, -1).tolist()
 
 # %% ../nbs/03_generation.ipynb #b4f3260c
 class RowCache:
@@ -143,6 +146,9 @@ class RowCache:
     ):
         "Copy a row, to close the gap that a finished one leaves."
         for buffer in (*self.keys, *self.values): buffer[target, :, :n] = buffer[source, :, :n]
+    def clear(self, row):
+        "Zero a row whose values are nan: even a masked nan would spoil the sums of the row's next owner."
+        for buffer in (*self.keys, *self.values): buffer[row] = 0
 
 # %% ../nbs/03_generation.ipynb #2bfdd85d
 class PromptRun(TreeRun):
@@ -242,6 +248,26 @@ class Sample:
     rng: object = None
     out: list = field(default_factory=list) # tokens of the answer so far
     finish: str = ''
+    error: str = ''
+    alone: bool = False # whether its prompt is to be computed without neighbours
+
+    def __post_init__(self): self.start = self.rng.bit_generator.state if self.rng else None
+
+    def restart(self):
+        "Forget the answer so far; the draws will be the same again."
+        self.out, self.finish, self.error = [], '', ''
+        if self.rng: self.rng.bit_generator.state = self.start
+
+    def take(self,
+        token,   # the next one; -1: the model returned nan
+        stopper, # Stopper
+    ):
+        "Append a token, or finish."
+        if token < 0: self.finish, self.error = 'error', 'the model returned nan'
+        elif token in stopper.ends: self.finish = 'stop'
+        else:
+            self.out.append(token)
+            self.finish = 'stop' if stopper.stopped(self.out) else 'length' if len(self.out) >= self.limit else ''
 
 # %% ../nbs/03_generation.ipynb #e7dd05dc
 class Generator:
@@ -268,14 +294,14 @@ class Generator:
 
 # %% ../nbs/03_generation.ipynb #4ea14a0d
 @patch
-def _sample(self:Generator, ids, max_tokens):
+def _sample(self:Generator, ids, max_tokens, rng=None):
     "A Sample, or the failed Generation of a prompt that cannot be answered."
     first = prefix_token(self.tokenizer)
     if not len(ids) and first is not None: ids = np.array([first], dtype=np.int32)
     n, room = len(ids), self.window - len(ids)
     if not n: return Generation('', 'error', 0, 0, 'the prompt is empty and the tokenizer has no token to begin with')
     if room < 1: return Generation('', 'error', n, 0, f'prompt of {plural(n, "token")} leaves no room in the window of {self.window:,}')
-    return Sample(ids, min(max_tokens, room), [])
+    return Sample(ids, min(max_tokens, room), [], rng)
 
 # %% ../nbs/03_generation.ipynb #e2ca7a26
 class Pool:
@@ -350,19 +376,17 @@ def take(self:Pool,
     tokens,  # the next token of each
 ):
     "Append a token to each sample; finished ones leave and the last rows move into their places."
-    for s, t in zip(samples, tokens):
-        if t in self.stopper.ends: s.finish = 'stop'; continue
-        s.out.append(t)
-        if self.stopper.stopped(s.out): s.finish = 'stop'
-        elif len(s.out) >= s.limit: s.finish = 'length'
+    for s, t in zip(samples, tokens): s.take(t, self.stopper)
     for i in range(len(self.active) - 1, -1, -1):
         s = self.active[i]
         if not s.finish: continue
+        if s.error: self.rows.clear(i)
         last = self.active.pop()
         if last is not s:
             self.active[i] = last
             self.rows.move(len(self.active), i, self.own(last))
-        self.done(s)
+        if s.error and not s.alone: s.restart(); s.alone = True; self.waiting.append(s)
+        else: self.done(s)
 
 @patch
 def own(self:Pool, s): return len(s.ids) - self.rows.stem + max(0, len(s.out) - 1)
@@ -378,13 +402,19 @@ def step(self:Pool):
     self.take(list(self.active), choose(logits, [s.rng for s in self.active], *self.settings))
 
 @patch
+def next(self:Pool, n):
+    "Up to `n` waiting samples; one that must be computed alone comes alone."
+    new = [self.waiting.pop()]
+    while self.waiting and len(new) < n and not new[0].alone and not self.waiting[-1].alone: new.append(self.waiting.pop())
+    return new
+
+@patch
 def work(self:Pool):
     "Until nothing waits: fill the pool when a quarter of it is free, then step."
     self.fill_stem()
     while self.waiting or self.active:
         free = self.rows.rows - len(self.active)
-        if self.waiting and free >= max(1, self.rows.rows // 4):
-            self.admit([self.waiting.pop() for _ in range(min(free, len(self.waiting)))])
+        if self.waiting and free >= max(1, self.rows.rows // 4): self.admit(self.next(free))
         if self.active: self.step()
 
 # %% ../nbs/03_generation.ipynb #f5106ddd
@@ -417,7 +447,7 @@ def _packed_answers(self:Generator, samples, kv, settings, stopper, done):
                 if not out_of_memory(e) or rows == 1: raise
                 rows = rows // 2
                 self.note(f'memory ran out: answers under way were cut to {plural(rows, "row")}')
-                for s in left: s.out = s.out if s.finish else []
+                for s in left: s.finish or s.restart()
 
 # %% ../nbs/03_generation.ipynb #f27de5c4
 class _Steer:
@@ -428,11 +458,8 @@ class _Steer:
         forced = torch.full_like(scores, -torch.inf)
         for i, t in enumerate(choose(scores, [s.rng for s in self.batch], *self.settings)):
             s = self.batch[i]
-            forced[i, t] = 0
-            if s.finish: continue
-            if t in self.stopper.ends: s.finish = 'stop'; continue
-            s.out.append(t)
-            s.finish = 'stop' if self.stopper.stopped(s.out) else 'length' if len(s.out) >= s.limit else ''
+            forced[i, max(t, 0)] = 0
+            if not s.finish: s.take(t, self.stopper)
         return forced
     def ended(self, ids, scores, **kwargs):
         import torch
@@ -473,8 +500,7 @@ def _samples(self:Generator, prompts, max_tokens, settings, seed, seeds, done):
     for i, (p, ids, own) in enumerate(zip(prompts, encode(self.tokenizer, list(prompts), self.add_special_tokens), seeds)):
         key = (p, own if settings[0] else 0)
         if key not in same:
-            same[key] = self._sample(ids, max_tokens)
-            if isinstance(same[key], Sample) and settings[0]: same[key].rng = sample_rng(seed, p, own)
+            same[key] = self._sample(ids, max_tokens, sample_rng(seed, p, own) if settings[0] else None)
         if isinstance(same[key], Generation): done(i, same[key])
         else: same[key].owners.append(i)
     samples = [s for s in same.values() if isinstance(s, Sample)]
@@ -505,7 +531,8 @@ def generate(self:Generator,
             bar.update(1)
             if on_done is not None: on_done(i, g)
         def finished(s):
-            for i in s.owners: done(i, Generation(stopper.text(s.out), s.finish, len(s.ids), len(s.out)))
+            g = Generation('', 'error', len(s.ids), 0, s.error) if s.error else Generation(stopper.text(s.out), s.finish, len(s.ids), len(s.out))
+            for i in s.owners: done(i, g)
         try:
             samples = self._samples(prompts, max_tokens, settings, seed, seeds, done)
             self._answer(samples, settings, stopper, finished)

@@ -773,6 +773,7 @@ class DocSample(Sample):
     contexts: tuple = () # a prompt for each option, where the options are what stands before the answer
     prefix: str = ''     # what the answer begins with, where the prompt is messages
     options: tuple = ()  # texts whose length counts
+    bare: tuple = ()     # the options as they are scored without a question, for acc_mutual_info
 
 # %% ../nbs/14_harness.ipynb #b3f36cc9
 @dataclass(frozen=True)
@@ -1003,10 +1004,11 @@ def _fill_choice(self: HarnessTask, s, q, turns, begin, chat):
     s.target = options[s.gold[0]] if len(s.gold) == 1 else [options[g] for g in s.gold]
     if len(s.gold) > 1 and (one := {'f1', 'mcc', 'brier_score'} & {u.metric.name for u in self.uses}): raise BadDocument(f'{min(one)} needs one right option, there are {len(s.gold)}')
     if len(options) != 2 and any(u.metric.name == 'f1' for u in self.uses): raise BadDocument(f'f1 is for two options, there are {len(options)}')
+    s.bare = tuple(gap + o for o in options)
     if isinstance(q, int):
         s.contexts = tuple(self._formed(turns + exchange(o, None, begin, ''), chat) for o in options)
         s.prompt, s.continuations = s.contexts[s.gold[0]], (f'{gap}{answer}',) * len(options)
-    else: s.continuations = tuple(gap + o for o in options)
+    else: s.continuations = s.bare
 
 # %% ../nbs/14_harness.ipynb #15ff5f75
 @patch
@@ -1159,15 +1161,14 @@ def _spoilt(s, scores):
 def _ask_options(task, model, samples, opts):
     "Score all options, and pick."
     bare = any(u.metric.name == 'acc_mutual_info' for u in task.uses)
-    gap = lambda s: s.continuations if not s.contexts else [task.config.target_delimiter + o for o in s.options]
-    asked = [([*zip(s.contexts or [s.prompt] * len(s.continuations), s.continuations)], [('', c) for c in gap(s)] if bare else []) if not s.error else ([], []) for s in samples]
+    asked = [([*zip(s.contexts or [s.prompt] * len(s.continuations), s.continuations)], [('', c) for c in s.bare] if bare else []) if not s.error else ([], []) for s in samples]
     it = iter(model.loglikelihood([p for pairs, priors in asked for p in (*pairs, *priors)], progress=opts['progress']))
     return [_option_record(s, task, pairs, [next(it) for _ in pairs], [next(it) for _ in priors]) for s, (pairs, priors) in zip(samples, asked)]
 
 # %% ../nbs/14_harness.ipynb #567d2641
 def _option_record(s, task, pairs, scores, priors):
     "The record of a multiple-choice sample."
-    asked = [_request(c, x, ctx if s.contexts else None) for (ctx, c), x in zip(pairs, scores)] + [_request(c, x, '') for c, x in zip(s.continuations, priors)]
+    asked = [_request(c, x, ctx if s.contexts else None) for (ctx, c), x in zip(pairs, scores)] + [_request(c, x, '') for c, x in zip(s.bare, priors)]
     if s.error or _spoilt(s, [*scores, *priors]): return _record(s, choices=list(s.choices), requests=asked)
     lp, prior = (np.array([x.logprob for x in xs]) for xs in (scores, priors))
     lengths = {'acc': 1., 'acc_norm': np.array([len(o) for o in s.options]), 'acc_bytes': np.array([len(o.encode()) for o in s.options])}

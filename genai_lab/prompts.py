@@ -16,7 +16,7 @@ from jinja2.exceptions import SecurityError
 from jinja2.sandbox import ImmutableSandboxedEnvironment
 
 # %% ../nbs/06_prompts.ipynb #d0320745
-from .core import LabError, closest, fingerprint, redact
+from .core import LabError, closest, fingerprint, plural, redact
 
 # %% ../nbs/06_prompts.ipynb #1ddaa2ab
 class EmptyValue(LabError):
@@ -166,10 +166,18 @@ def check(self: Prompt,
 
 # %% ../nbs/06_prompts.ipynb #d27fc4c1
 @patch
-def _repr_markdown_(self: Prompt):
+def outline(self: Prompt,
+    n=2, # examples shown in full
+): # list of (role, text)
+    "The turns of the prompt, templates unfilled, with the first examples."
     turns = [('system', self.system)] if self.system else []
-    for e in self.examples[:3]: turns += [('user (example)', fill(self.template, {**{v: f'{{{{ {v} }}}}' for v in self.variables}, **e}, self.where)), ('assistant', fill(self.answer, e, self.where))]
-    if len(self.examples) > 3: turns.append(('', f'… {len(self.examples) - 3} more examples'))
-    if self.blank: turns.append(('calibrated on blank rows', '\n'.join(map(str, self.blank))))
-    quote = lambda t: '\n'.join(f'    {l}' for l in redact(t).splitlines())
-    return f'**{self.name or "prompt"}** `{self.fingerprint}`\n\n' + '\n\n'.join(f'*{r}*\n\n{quote(t)}' for r, t in [*turns, ('user', self.template)])
+    gaps = {v: f'{{{{ {v} }}}}' for v in self.variables}
+    for e in self.examples[:n]: turns.append(('example', fill(self.template, {**gaps, **e}, self.where) + self.delimiter + fill(self.answer, e, self.where)))
+    if len(self.examples) > n: turns.append(('', f'… and {plural(len(self.examples) - n, "more example")}'))
+    turns.append(('question', self.template))
+    return turns + ([('blank', '; '.join(', '.join(f'{k}: {v!r}' for k, v in b.items()) for b in self.blank))] if self.blank else [])
+
+@patch
+def _repr_markdown_(self: Prompt):
+    text = '\n\n'.join(f'{"[" + r + "]" + chr(10) if r else ""}{redact(t)}' for r, t in self.outline())
+    return f'**{self.name or "prompt"}** `{self.fingerprint}`\n\n' + '\n'.join(f'    {l}' for l in text.splitlines())

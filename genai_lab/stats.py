@@ -169,10 +169,11 @@ def _block_totals(rows, counts, seed): # rows (r, d) of one block; counts (B,) d
 def _blocked_totals(rows, n_resamples, seeds): # rows (n, d), one a sample
     n, full = len(rows), len(rows) // 256
     sizes = np.array([256] * full + [n % 256] * (n % 256 > 0))
-    rng, out = np.random.Generator(np.random.SFC64(seeds.spawn(1)[0])), []
-    step = max(1, 4_000_000 // len(sizes))
+    falls = lambda b, seed: np.random.Generator(np.random.SFC64(seed)).multinomial(n, sizes / n, size=b).T
+    step, out = max(1, 4_000_000 // len(sizes)), []
     for s in range(0, n_resamples, step):
-        k = np.ascontiguousarray(rng.multinomial(n, sizes / n, size=min(step, n_resamples - s)).T)
+        parts = [len(p) for p in np.array_split(np.arange(min(step, n_resamples - s)), 8)]
+        k = np.concatenate(_work(falls, list(zip(parts, seeds.spawn(8))), n * n_resamples > 3_000_000), axis=1)
         jobs = [(rows[256 * i:256 * i + m], k[i], seed) for i, (m, seed) in enumerate(zip(sizes, seeds.spawn(len(sizes))))]
         out.append(sum(_work(_block_totals, jobs, n * n_resamples > 3_000_000)))
     return np.concatenate(out)

@@ -215,7 +215,7 @@ def open_record(
 ): # Record
     "Create a run in MLflow."
     client, uri = connect(s), tracking_uri(s)
-    tags = {'mlflow.user': getpass.getuser(), 'host': socket.gethostname(), 'pid': str(os.getpid()), **tags}
+    tags = {'mlflow.user': getpass.getuser(), 'host': socket.gethostname(), 'pid': str(os.getpid()), **({'mlflow.source.git.commit': tags['git.commit']} if 'git.commit' in tags else {}), **tags}
     with tracking_errors(uri):
         run = client.create_run(experiment_id(client, experiment, s), run_name=redact(name), tags={k: _clip(redact(v), 8000) for k, v in tags.items()})
     return Record(client, uri, run.info, experiment, spool)

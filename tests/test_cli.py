@@ -202,6 +202,9 @@ def test_ui_shows_the_runs_of_this_lab_on_this_machine_alone(mlflow_home):
         assert 'seen in the browser' in body
         listening = {c.laddr.ip for q in [psutil.Process(p.pid), *psutil.Process(p.pid).children(recursive=True)] for c in q.net_connections() if c.status == 'LISTEN'}
         assert listening == {'127.0.0.1'}
+        r = call('run', notebooks / 'good.ipynb', GENAI_LAB_TRACKING_URI=f'http://127.0.0.1:{port}')   # the same server as a team would use it
+        assert r.returncode == 0 and f'http://127.0.0.1:{port}/#/experiments/' in r.stdout, r.stderr
+        assert [x.info.status for x in runs()] == ['FINISHED']
     finally:
         children = psutil.Process(p.pid).children(recursive=True)
         p.send_signal(signal.SIGINT)

@@ -100,6 +100,12 @@ def test_computed_defaults_are_recorded_as_what_they_were():
     assert run.data.params == dict(k='1', name='X')
 
 
+def test_plain_mlflow_calls_write_into_the_same_run():
+    result = run_notebook(notebooks / 'uses_plain_mlflow.ipynb')
+    run, _, _ = only_run()
+    assert run.info.run_id == result.run_id and run.info.status == 'FINISHED' and run.data.metrics == dict(plain=5) and run.data.params == dict(way='fluent')
+
+
 def test_a_notebook_without_parameters_runs_without_parameters():
     assert run_notebook(notebooks / 'no_parameters.ipynb').exit_code == 0
 

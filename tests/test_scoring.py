@@ -141,7 +141,7 @@ def test_any_tree_and_any_run_length(tok):
 
 def test_few_scored_rows_at_a_time(tok):
     model = packable['llama']()
-    whole, scorer = Scorer(model, tok).loglikelihood(pairs), Scorer(model, tok)
+    whole, scorer = Scorer(model, tok).loglikelihood(pairs), Scorer(model, tok, batch_tokens=64)
     scorer._limits = lambda kv, depth: (64, 2)
     for a, b in zip(whole, scorer.loglikelihood(pairs)): assert abs(a.logprob - b.logprob) < 1e-4
 
