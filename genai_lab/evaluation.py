@@ -334,15 +334,50 @@ def by(self: Evaluation,
     return out.drop(columns='p').sort_values(metric, kind='stable', ignore_index=True)
 
 # %% ../nbs/13_evaluation.ipynb #5ecc0476
-def _slice(v, i, metric, level):
+def _slice(v, i, metric, level, alternative='two-sided'):
     "Estimate of one slice, and the p-value that it differs from the rest (Fisher's exact test, or a permutation test of the means)."
     from scipy.stats import fisher_exact, permutation_test
     rest, binary = np.delete(v, i), np.isin(v, (0, 1)).all()
     if not len(rest): p = math.nan
-    elif binary: p = fisher_exact([[v[i].sum(), len(i) - v[i].sum()], [rest.sum(), len(rest) - rest.sum()]]).pvalue
-    else: p = permutation_test((v[i], rest), lambda a, b, axis: a.mean(axis) - b.mean(axis), vectorized=True, n_resamples=2000, rng=np.random.default_rng(20)).pvalue
+    elif binary: p = fisher_exact([[v[i].sum(), len(i) - v[i].sum()], [rest.sum(), len(rest) - rest.sum()]], alternative=alternative).pvalue
+    else: p = permutation_test((v[i], rest), lambda a, b, axis: a.mean(axis) - b.mean(axis), vectorized=True, n_resamples=2000, alternative=alternative, rng=np.random.default_rng(20)).pvalue
     e = stats.mean(v[i], level=level)
     return {metric: e.value, 'low': e.low, 'high': e.high, 'p': float(p)}
+
+# %% ../nbs/13_evaluation.ipynb #69aae8f5
+def _bands(s):
+    "A column's values as labels; more than twelve different numbers become four bands of equal size."
+    if pd.api.types.is_numeric_dtype(s) and s.nunique() > 12: s = pd.qcut(s, 4, duplicates='drop')
+    return s.astype(object).where(s.notna(), 'missing').astype(str)
+
+def _candidates(df, columns, depth, min_n):
+    "Row numbers by slice, for combinations of up to `depth` columns."
+    for k in range(1, depth + 1):
+        for cols in combinations(columns, k):
+            for key, i in df.groupby(list(cols), observed=True).indices.items():
+                if min_n <= len(i) < len(df): yield ' and '.join(f'{c} = {v}' for c, v in zip(cols, key if isinstance(key, tuple) else (key,))), i
+
+# %% ../nbs/13_evaluation.ipynb #522e964a
+@patch
+def worst_slices(self: Evaluation,
+    columns=(), # of the samples; empty: all of the task's `slices`
+    metric='',  # name; empty: the first one
+    depth=2,    # how many columns may be combined
+    min_n=20,   # smaller slices are left out
+    level=.95,  # of the intervals, and 1 minus the false discovery rate
+): # frame, most convincing first: slice, n, value, interval, value of the rest, adjusted p, claimed
+    "Slices on which the metric is worse than on the rest, corrected for the search."
+    columns = list(columns) or [c for c in self.task.slices]
+    for c in columns:
+        if c not in self.samples: raise LabError(f'there is no column "{c}" in the samples.{closest(c, self.task.slices)} Name it in the task\'s `slices`; there are: {", ".join(self.task.slices) or "none"}')
+    v = self.board(metric).values()
+    if v is None: raise LabError(f'{metric} needs all samples at once and has no value by sample; search with accuracy or exact_match instead')
+    found = list(_candidates(pd.DataFrame({c: _bands(self.samples[c]) for c in columns}), columns, depth, min_n))
+    rows = [dict(slice=name, n=len(i), **_slice(v, i, 'value', level, 'less'), rest=np.delete(v, i).mean()) for name, i in found]
+    out = pd.DataFrame(rows, columns=['slice', 'n', 'value', 'low', 'high', 'rest', 'p'])
+    out['p_adjusted'] = stats.adjust(out.p.to_numpy(float), 'bh')
+    out['claimed'] = out.p_adjusted <= 1 - level
+    return out.drop(columns='p').sort_values(['p_adjusted', 'value'], kind='stable', ignore_index=True)
 
 # %% ../nbs/13_evaluation.ipynb #0c9b0964
 def _check_same(evs):

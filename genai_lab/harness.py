@@ -7,9 +7,9 @@ __all__ = ['local_formats', 'harness_metrics', 'answers_by', 'filters', 'Code', 
            'GenerationKwargs', 'FewshotConfig', 'MetricEntry', 'FilterStep', 'FilterPipe', 'TaskConfig', 'check_keys',
            'Aggregate', 'GroupConfig', 'refuse_code', 'function_of', 'BadDocument', 'fill', 'Wording', 'Turn', 'joined',
            'exchange', 'as_text', 'as_messages', 'Shots', 'find_file', 'load_splits', 'HarnessMetric', 'MetricUse',
-           'metric_uses', 'make_filters', 'DocSample', 'HarnessTask', 'build_task', 'HarnessBoard', 'Group', 'TaskSet',
-           'load_tasks', 'load_task', 'GroupValue', 'group_values', 'TaskCheck', 'check_task', 'looking_model',
-           'check_tasks']
+           'metric_uses', 'make_filters', 'DocSample', 'HarnessTask', 'build_task', 'HarnessBoard', 'SumStatistic',
+           'Group', 'TaskSet', 'load_tasks', 'load_task', 'GroupValue', 'group_values', 'TaskCheck', 'check_task',
+           'looking_model', 'check_tasks']
 
 # %% ../nbs/14_harness.ipynb #8b2d5919
 import ast, glob, importlib.util, math, random, re, tempfile
@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import cached_property, lru_cache, partial
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Callable, Literal
 
 # %% ../nbs/14_harness.ipynb #651e82ed
 import numpy as np, pandas as pd, yaml
@@ -274,9 +274,13 @@ class GroupConfig(_Part):
     group: str
     group_alias: str = ''
     task: list | str = Field(default_factory=list)
-    aggregate_metric_list: list[Aggregate] | Aggregate | None = None
+    aggregate_metric_list: list[Aggregate] = Field(default_factory=list)
     tag: str | list[str] = ''
     metadata: Any = None
+
+    @model_validator(mode='before')
+    @classmethod
+    def _always_a_list(cls, v): return v | {'aggregate_metric_list': [a]} if isinstance(a := v.get('aggregate_metric_list'), dict) else v
 
 # %% ../nbs/14_harness.ipynb #912188c9
 def _code_file(code): return code.path.parent / (code.spec.rpartition('.')[0].replace('.', '/') + '.py')
@@ -910,7 +914,7 @@ def _shots_wanted(config, num_fewshot):
 def _notes(config, output):
     "What the file says that has no effect here, as it has none in the harness."
     out = []
-    if config.should_decontaminate: out.append('should_decontaminate has no effect, here as in the harness: nothing is decontaminated')
+    if config.should_decontaminate or config.doc_to_decontamination_query: out.append('should_decontaminate has no effect, here as in the harness: nothing is decontaminated')
     if 'trust_remote_code' in config.dataset_kwargs: out.append('trust_remote_code has no effect: code of a data set is never run')
     if config.generation_kwargs and output != 'generate': out.append('generation_kwargs has no effect: nothing is written')
     if config.repeats > 1 and output != 'generate': out.append('repeats has no effect: scores do not vary')
@@ -1304,8 +1308,20 @@ def _ter_totals(said, wanted):
 _corpus = {'bleu': mx.bleu_totals, 'chrf': mx.chrf_totals, 'chrf++': partial(mx.chrf_totals, word_order=2), 'ter': _ter_totals}
 _totals = {**_corpus, 'f1': _index_totals(_binary_f1), 'matthews_corrcoef': _index_totals(_matthews)}
 
+@dataclass(frozen=True)
+class SumStatistic:
+    "A metric of the harness in the form that can be resampled."
+    totals: Callable # (predictions, references) -> Totals
+    def __call__(self, said, wanted, weights=None): return self.totals(said, wanted)(weights)
+
 # %% ../nbs/14_harness.ipynb #88afaff2
 _ratios = dict(perplexity=(None, np.exp), weighted_perplexity=('', np.exp), bits_per_byte=('bytes', lambda x: x / math.log(2)))
+
+@patch
+def statistic(self: HarnessBoard):
+    "The metric as a function of predictions and references, for paired comparisons."
+    if self.kind not in _totals: raise LabError(f'{self.metric} is not compared sample by sample; compare its intervals, or another metric')
+    return SumStatistic(_totals[self.kind])
 
 @patch
 def totals(self: HarnessBoard):
@@ -1423,8 +1439,7 @@ def group(self: _Reader, file, over=None):
     for k in mine:
         if k not in TaskConfig.model_fields: raise LabError(f'{file.place(k)}: the key "{k}" is not supported.{closest(k, [*GroupConfig.model_fields, *TaskConfig.model_fields])}')
     members = [n for name, keys, where in _members(file, c) for n in self.member(file, c.group, name, keys, where, over)]
-    agg = c.aggregate_metric_list or []
-    self.out.groups[c.group] = Group(c.group, list(dict.fromkeys(members)), [agg] if isinstance(agg, Aggregate) else agg, c.group_alias)
+    self.out.groups[c.group] = Group(c.group, list(dict.fromkeys(members)), c.aggregate_metric_list, c.group_alias)
     return c.group
 
 @patch

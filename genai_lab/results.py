@@ -41,7 +41,7 @@ _counts = _object(attempted=_count, scored=_count, failed=_count)
 # %% ../nbs/15_results.ipynb #1b8c0b10
 _prints = _object(model=_text, data=_text, prompt=_text, task=_text, code=_text)
 _timing = _object(requests=_count, remembered=_count, tokens_asked=_count, tokens_computed=_count, seconds={'type': 'number', 'minimum': 0}, model_seconds={'type': 'number', 'minimum': 0})
-_task = _object(file=_text, version=_text, output_type=_text, num_fewshot=_count, chat_template={'type': 'boolean'}, n=_counts, metrics={'type': 'object', 'additionalProperties': _metric},
+_task = _object(alias=_text, file=_text, version=_text, output_type=_text, num_fewshot=_count, chat_template={'type': 'boolean'}, n=_counts, metrics={'type': 'object', 'additionalProperties': _metric},
                 failures={'type': 'array', 'items': _object(reason=_text, samples=_count)}, fingerprints=_prints, timing=_timing, notes={'type': 'array', 'items': _text}, samples=_text)
 _group = _object(alias=_text, tasks={'type': 'array', 'items': _text}, metrics={'type': 'object', 'additionalProperties': _object(
     value=_number, stderr=_number, interval=_metric['properties']['interval'], level={'type': 'number'}, method=_text, n=_count, tasks={'type': 'array', 'items': _text}, lacking={'type': 'array', 'items': _text})})
@@ -94,7 +94,7 @@ def task_record(
     t, config = ev.task, getattr(ev.task, 'config', None)
     meta = config.metadata if config is not None and isinstance(config.metadata, dict) else {}
     prints = {k: ev.fingerprints.get(k, '') for k in ('model', 'data', 'prompt', 'task')} | dict(code=core.code_fingerprint())
-    return dict(file=str(t.file.path) if config is not None else '', version=str(meta.get('version', '')), output_type=config.output_type if config is not None else t.output,
+    return dict(alias=config.task_alias if config is not None else '', file=str(t.file.path) if config is not None else '', version=str(meta.get('version', '')), output_type=config.output_type if config is not None else t.output,
                 num_fewshot=t.shots if config is not None else len(t.prompt.examples) if t.prompt else 0, chat_template=bool(getattr(t, 'chat', False)),
                 n=dict(attempted=ev.n.attempted, scored=ev.n.scored, failed=ev.n.failed), metrics={m: metric_record(ev, m) for m in ev.metrics},
                 failures=[dict(reason=redact(r.reason), samples=int(r.samples)) for r in ev.failures().itertuples()], fingerprints=prints, timing=timing,

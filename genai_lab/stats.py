@@ -141,9 +141,9 @@ def _multinomial_totals(rows, counts, n_resamples, seeds):
     return _counted_totals(lambda rng, b: rng.multinomial(n, counts / n, size=b), rows, n_resamples, seeds)
 
 # %% ../nbs/11_stats.ipynb #6b5d49e7
-def _stretch_sums(table, draws, lengths): # sums of table[draws] over consecutive stretches of these lengths
+def _stretch_sums(table, draws, lengths, room): # sums of table[draws] over consecutive stretches of these lengths
     out, some = np.zeros(len(lengths)), lengths > 0
-    if some.any(): out[some] = np.add.reduceat(table.take(draws, mode='clip'), (np.cumsum(lengths) - lengths)[some])
+    if some.any(): out[some] = np.add.reduceat(table.take(draws, mode='clip', out=room[:len(draws)]), (np.cumsum(lengths) - lengths)[some])
     return out
 
 def _raw(bits, n, dtype): # n random unsigned integers that fill their type
@@ -155,14 +155,15 @@ def _block_totals(rows, counts, seed): # rows (r, d) of one block; counts (B,) d
     bits, out, full = np.random.SFC64(seed), np.zeros((len(counts), rows.shape[1])), len(rows) == 256
     if not full: rng = np.random.Generator(bits)
     tables = [np.add.outer(c, c).ravel() if full else np.ascontiguousarray(c) for c in rows.T]
-    step = max(1, int(30_000 // max(1, counts.mean() / (1 + full))))
+    step = max(1, int(100_000 // max(1, counts.mean() / (1 + full))))
+    room = np.empty(int(np.add.reduceat(counts, np.arange(0, len(counts), step)).max())) # fresh memory for each chunk would cost more than the drawing
     for s in range(0, len(counts), step):
         k = counts[s:s + step]
         pairs, odd = k >> 1, k & 1
         u = _raw(bits, pairs.sum(), np.uint16) if full else rng.integers(0, len(rows), k.sum(), dtype=np.uint8)
         single = _raw(bits, len(k), np.uint8) if full else None
         for j, t in enumerate(tables):
-            out[s:s + step, j] = _stretch_sums(t, u, pairs) + odd * rows[:, j].take(single) if full else _stretch_sums(t, u, k)
+            out[s:s + step, j] = _stretch_sums(t, u, pairs, room) + odd * rows[:, j].take(single) if full else _stretch_sums(t, u, k, room)
     return out
 
 # %% ../nbs/11_stats.ipynb #56f0a694

@@ -149,3 +149,16 @@ def test_slices_are_tested_against_the_rest_with_correction():
     by = summarise(t, s, 'x', fingerprints={}).by('kind')
     assert by.kind.tolist() == ['bad', 'good'] and by.accuracy.tolist() == pytest.approx([.4, 280 / 300]) and (by.p_adjusted < .001).all()
     with pytest.raises(LabError, match='no column "colour"'): summarise(t, s, 'x', fingerprints={}).by('colour')
+
+
+def test_the_search_for_worst_slices_finds_a_planted_one_and_does_not_cry_wolf():
+    rng = np.random.default_rng(3)
+    alarms, found, runs = 0, 0, 120
+    for k in range(runs):
+        data = pd.DataFrame(dict(aisle=rng.choice(list('abcde'), 300), brand=rng.choice(list('xyz'), 300), t='yes'))
+        t = Task('t', data, target='t', choices=['yes', 'no'], metrics=['accuracy'], slices=['aisle', 'brand'])
+        def searched(p): return summarise(t, data.assign(id=range(300), target='yes', prediction=np.where(rng.random(300) < p, 'yes', 'no'), error=''), 'x').worst_slices()
+        alarms += searched(.7).claimed.any()
+        found += searched(np.where(data.aisle == 'a', .35, .8)).query('claimed').slice.eq('aisle = a').any()
+    assert alarms <= runs * .05 + 3 * (runs * .05 * .95) ** .5, 'false alarms on data without a bad slice'
+    assert found >= runs * .9

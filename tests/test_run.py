@@ -2,9 +2,8 @@
 import json
 import os
 import shutil
-import signal
+import sqlite3
 import subprocess
-import sys
 import threading
 import time
 from pathlib import Path
@@ -252,6 +251,16 @@ def test_a_full_disk_under_the_database(small_disk, monkeypatch, database_templa
         while f.write(b'x' * 4096): pass
     with pytest.raises(LabError, match='disk is full|No space left|cannot be') as e: run_notebook(notebooks / 'good.ipynb')
     assert '\n' not in str(e.value)
+
+
+def test_a_locked_database_ends_it_before_a_cell_runs(home, monkeypatch):
+    monkeypatch.setattr('genai_lab.tracking.lock_wait', .3)
+    other = sqlite3.connect(home / 'mlflow.db', isolation_level=None)
+    other.execute('BEGIN IMMEDIATE')
+    seen = []
+    with pytest.raises(LabError, match='is locked by another process'): run_notebook(notebooks / 'good.ipynb', on_event=lambda e: seen.append(e.kind))
+    other.close()
+    assert 'cell' not in seen
 
 
 def test_a_database_that_goes_away_in_the_middle_is_one_line_and_nothing_said_is_lost(home, capfd):
