@@ -12,7 +12,7 @@ __all__ = ['local_formats', 'harness_metrics', 'answers_by', 'filters', 'Code', 
            'looking_model', 'check_tasks']
 
 # %% ../nbs/14_harness.ipynb #8b2d5919
-import ast, glob, importlib.util, math, random, re, tempfile
+import ast, glob, importlib.util, json, math, random, re, tempfile
 from collections import Counter
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace

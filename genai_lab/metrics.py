@@ -267,7 +267,9 @@ class MetricSpec:
     source: str = ''     # where the definition comes from
 
 @patch(as_prop=True)
-def results(self:MetricSpec): return self.keys or (self.name,)
+def results(self:MetricSpec):
+    "The names in the dict that `compute` returns."
+    return self.keys or (self.name,)
 
 # %% ../nbs/10_metrics.ipynb #25ddca7a
 def _rouge_one(predictions, references, type, **options): return rouge(predictions, references, types=(type,), **options)[type].to_numpy()

@@ -36,7 +36,9 @@ class Estimate:
     note: str = ''    # what a reader has to know before trusting it; '' in the normal case
 
 @patch
-def to_dict(self:Estimate): return asdict(self)
+def to_dict(self:Estimate):
+    "The fields, for JSON."
+    return asdict(self)
 
 # %% ../nbs/11_stats.ipynb #11965483
 def _number(x, percent, largest): # one number of an estimate whose largest part is `largest`
@@ -425,13 +427,24 @@ class PairedTest:
     adjustment: str = ''  # by which method
 
 @patch(as_prop=True)
-def ties(self:PairedTest): return None if self.wins is None else self.n - self.wins - self.losses
+def ties(self:PairedTest):
+    "Samples on which both score the same."
+    return None if self.wins is None else self.n - self.wins - self.losses
+
 @patch(as_prop=True)
-def discordance(self:PairedTest): return None if self.wins is None else (self.wins + self.losses) / self.n
+def discordance(self:PairedTest):
+    "Share of samples on which the scores differ."
+    return None if self.wins is None else (self.wins + self.losses) / self.n
+
 @patch(as_prop=True)
-def odds_ratio(self:PairedTest): return None if self.wins is None else self.wins / self.losses if self.losses else math.inf if self.wins else math.nan
+def odds_ratio(self:PairedTest):
+    "Wins per loss; infinite without losses, nan without either."
+    return None if self.wins is None else self.wins / self.losses if self.losses else math.inf if self.wins else math.nan
+
 @patch(as_prop=True)
-def final_p(self:PairedTest): return self.p if self.p_adjusted is None else self.p_adjusted
+def final_p(self:PairedTest):
+    "The corrected p-value where there is one."
+    return self.p if self.p_adjusted is None else self.p_adjusted
 
 # %% ../nbs/11_stats.ipynb #fe132ffb
 @patch(as_prop=True)
