@@ -1071,6 +1071,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'genai_lab.scoring.encode': ('scoring.html#encode', 'genai_lab/scoring.py'),
                                    'genai_lab.scoring.encode_pairs': ('scoring.html#encode_pairs', 'genai_lab/scoring.py'),
                                    'genai_lab.scoring.failed': ('scoring.html#failed', 'genai_lab/scoring.py'),
+                                   'genai_lab.scoring.group_starts': ('scoring.html#group_starts', 'genai_lab/scoring.py'),
                                    'genai_lab.scoring.memory_budget': ('scoring.html#memory_budget', 'genai_lab/scoring.py'),
                                    'genai_lab.scoring.out_of_memory': ('scoring.html#out_of_memory', 'genai_lab/scoring.py'),
                                    'genai_lab.scoring.packed_attention': ('scoring.html#packed_attention', 'genai_lab/scoring.py'),

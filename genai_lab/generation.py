@@ -285,7 +285,7 @@ class Generator:
         self.window = context_window(model, tokenizer, context_length)
         cuda = self.packed.device.type == 'cuda'
         self.batch_tokens, self.batch_rows = batch_tokens or (4096 if cuda else 1024), batch_rows or (256 if cuda else 64)
-        self.memory, self.group = memory_budget(self.packed.device, memory_mb), 512 if cuda else 256
+        self.memory, self.group = memory_budget(self.packed.device, memory_mb), 512 if cuda else 128
         self.stats = self.total = EngineStats()
 
     def note(self, text):

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Score', 'failed', 'EngineStats', 'prefix_token', 'encode', 'encode_pairs', 'PrefixTree', 'prefix_tree', 'visible',
-           'Unsupported', 'packed_attention', 'PathCache', 'Group', 'TreeRun', 'attend', 'PackedModel',
+           'Unsupported', 'packed_attention', 'PathCache', 'group_starts', 'Group', 'TreeRun', 'attend', 'PackedModel',
            'context_window', 'memory_budget', 'Scorer', 'Job', 'out_of_memory', 'run_end', 'Walk', 'rolling_windows']
 
 # %% ../nbs/02_scoring.ipynb #3626fbea
@@ -193,6 +193,17 @@ class PathCache:
             self.values.append(v.new_empty(v.shape[1], self.capacity, v.shape[3]))
         return self.keys[i], self.values[i]
 
+# %% ../nbs/02_scoring.ipynb #67c2e02a
+def group_starts(
+    depth,        # int array: depths of the run's slots
+    size,         # most slots in a group
+    chains=False, # whether a group ends where a branch begins
+): # int array: where groups start
+    "Cut a run into groups."
+    heads = np.r_[0, np.flatnonzero(np.diff(depth) != 1) + 1] if chains else np.array([0])
+    ends = np.r_[heads[1:], len(depth)]
+    return np.concatenate([np.arange(a, b, size) for a, b in zip(heads, ends)])
+
 # %% ../nbs/02_scoring.ipynb #9aa892ca
 @dataclass(slots=True)
 class Group:
@@ -214,11 +225,13 @@ class TreeRun:
         lo,       # first slot of the run
         hi,       # behind the last one
         cache,    # PathCache that holds the ancestors of `lo`
-        size,     # slots in a group
+        size,     # most slots in a group
         device,   # of the model
+        chains=False, # whether a group may not hold more than one branch
     ):
         self.tree, self.cache, self.device, self.n, self.layer = tree, cache, device, hi - lo, 0
-        self.groups = [self._group(path, lo, g, min(g + size, hi), device) for g in range(lo, hi, size)]
+        at = group_starts(tree.depth[lo:hi], size, chains) + lo
+        self.groups = [self._group(path, lo, a, b, device) for a, b in zip(at, np.r_[at[1:], hi])]
         d = int(tree.depth[hi]) if hi < len(tree) else 0
         self.keep_from = int(np.searchsorted(path[:d], lo))
         self.keep = self._index(path[self.keep_from:d] - lo, device) if d > self.keep_from else None
@@ -371,7 +384,7 @@ def _sliding_layers(config):
     return None if getattr(config, 'sliding_window', None) and getattr(config, 'use_sliding_window', True) else 0
 
 # %% ../nbs/02_scoring.ipynb #0c6ef83b
-_tolerance = {'float64': 1e-8, 'float32': 1e-3, 'float16': 0.05, 'bfloat16': 0.25}
+_tolerance = {'float64': 1e-5, 'float32': 1e-3, 'float16': 0.05, 'bfloat16': 0.25}
 
 class _Probe:
     "Passes attention on and takes notes."
@@ -392,7 +405,7 @@ def _try_packed(self:PackedModel, seqs, probe, size=7):
     with self.packed():
         for lo in range(0, len(tree), size):
             hi = min(lo + size, len(tree))
-            run = TreeRun(tree, path, lo, hi, cache, 3, self.device)
+            run = TreeRun(tree, path, lo, hi, cache, 3, self.device, self.dtype.itemsize == 8)
             out.append(self.forward(tree.token[lo:hi], tree.depth[lo:hi], probe.watch(run), np.arange(hi - lo)))
     out = torch.cat(out)
     return torch.cat([out[torch.as_tensor(p.astype(np.int64), device=out.device)] for p in tree.paths]).double()
@@ -477,7 +490,7 @@ class Scorer:
         self.window = context_window(model, tokenizer, context_length)
         self.batch_tokens = batch_tokens or (4096 if self.packed.device.type == 'cuda' else 1024)
         self.memory = memory_budget(self.packed.device, memory_mb)
-        self.group = 512 if self.packed.device.type == 'cuda' else 256
+        self.group = 512 if self.packed.device.type == 'cuda' else 128
         self.stats = self.total = EngineStats()
 
     def note(self, text):
@@ -624,7 +637,7 @@ class Walk:
         prepare=None, # called with the run before it is computed
     ): # logits [rows, vocabulary]
         "Compute the slots `lo` to `hi`."
-        run = kind(self.tree, self.path, lo, hi, self.cache, self.group, self.packed.device)
+        run = kind(self.tree, self.path, lo, hi, self.cache, self.group, self.packed.device, self.packed.dtype.itemsize == 8)
         if prepare is not None: prepare(run)
         self.computed += hi - lo
         return self.packed.forward(self.tree.token[lo:hi], self.tree.depth[lo:hi], run, rows)
