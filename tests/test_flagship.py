@@ -11,7 +11,7 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 notebook = root / 'experiments' / '01_compare_prompts.ipynb'
-small = ['-p', 'per_department=4', '-p', 'shots=2']
+small = ['-p', 'per_department=4', '-p', 'shots=1', '-p', 'more_shots=2']
 
 
 def lab(*args, **env):
