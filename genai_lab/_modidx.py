@@ -985,7 +985,6 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                    'genai_lab.results._object': ('results.html#_object', 'genai_lab/results.py'),
                                    'genai_lab.results._owner': ('results.html#_owner', 'genai_lab/results.py'),
                                    'genai_lab.results._remote': ('results.html#_remote', 'genai_lab/results.py'),
-                                   'genai_lab.results._set_batch': ('results.html#_set_batch', 'genai_lab/results.py'),
                                    'genai_lab.results._tell': ('results.html#_tell', 'genai_lab/results.py'),
                                    'genai_lab.results._worked': ('results.html#_worked', 'genai_lab/results.py'),
                                    'genai_lab.results.file_name': ('results.html#file_name', 'genai_lab/results.py'),

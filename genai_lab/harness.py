@@ -4,12 +4,12 @@
 
 # %% auto #0
 __all__ = ['local_formats', 'harness_metrics', 'answers_by', 'filters', 'Code', 'parse_yaml', 'TaskFile', 'read_task_file',
-           'GenerationKwargs', 'FewshotConfig', 'MetricEntry', 'FilterStep', 'FilterPipe', 'TaskConfig', 'check_keys',
-           'Aggregate', 'GroupConfig', 'refuse_code', 'function_of', 'BadDocument', 'fill', 'Wording', 'Turn', 'joined',
-           'exchange', 'as_text', 'as_messages', 'Shots', 'find_file', 'load_splits', 'HarnessMetric', 'MetricUse',
-           'metric_uses', 'make_filters', 'DocSample', 'HarnessTask', 'build_task', 'HarnessBoard', 'SumStatistic',
-           'Group', 'TaskSet', 'load_tasks', 'load_task', 'GroupValue', 'group_values', 'TaskCheck', 'check_task',
-           'looking_model', 'check_tasks']
+           'GenerationKwargs', 'FewshotConfig', 'MetricEntry', 'FilterStep', 'FilterPipe', 'TaskConfig', 'Aggregate',
+           'GroupConfig', 'check_keys', 'refuse_code', 'function_of', 'BadDocument', 'fill', 'Wording', 'Turn',
+           'joined', 'exchange', 'as_text', 'as_messages', 'Shots', 'find_file', 'load_splits', 'HarnessMetric',
+           'MetricUse', 'metric_uses', 'make_filters', 'DocSample', 'HarnessTask', 'build_task', 'HarnessBoard',
+           'SumStatistic', 'Group', 'TaskSet', 'load_tasks', 'load_task', 'GroupValue', 'group_values', 'TaskCheck',
+           'check_task', 'looking_model', 'check_tasks']
 
 # %% ../nbs/14_harness.ipynb #8b2d5919
 import ast, glob, importlib.util, json, math, random, re, tempfile
@@ -219,6 +219,28 @@ class TaskConfig(_Part):
     unsafe_code: Literal[False] = False
     metadata: Any = None
 
+# %% ../nbs/14_harness.ipynb #5b3a23bf
+class Aggregate(_Part):
+    "How a group sums up one metric of its tasks."
+    metric: str
+    filter_list: list[str] | str | None = None # None: every filter that the tasks have
+    aggregation: Literal['mean'] = 'mean'
+    weight_by_size: bool = True                # by the number of samples; False: every task counts the same
+
+class GroupConfig(_Part):
+    "A file that names several tasks; further keys are laid over those of its tasks."
+    model_config = ConfigDict(extra='allow', arbitrary_types_allowed=True, frozen=True)
+    group: str
+    group_alias: str = ''
+    task: list | str = Field(default_factory=list)
+    aggregate_metric_list: list[Aggregate] = Field(default_factory=list)
+    tag: str | list[str] = ''
+    metadata: Any = None
+
+    @model_validator(mode='before')
+    @classmethod
+    def _always_a_list(cls, v): return v | {'aggregate_metric_list': [a]} if isinstance(a := v.get('aggregate_metric_list'), dict) else v
+
 # %% ../nbs/14_harness.ipynb #588af15b
 _unsupported = dict(
     process_results='judging by the task\'s own code is not supported; use metric_list', custom_dataset='data from the task\'s own code is not supported; save it as a file and use dataset_path',
@@ -259,28 +281,6 @@ def check_keys(
         if k in _unsupported and values[k] is not None: raise LabError(f'{file.place(k)}: the key "{k}" is not supported: {_unsupported[k]}')
     try: return cls(**{str(k): v for k, v in values.items()})
     except ValidationError as e: _complain(file, cls, e)
-
-# %% ../nbs/14_harness.ipynb #5b3a23bf
-class Aggregate(_Part):
-    "How a group sums up one metric of its tasks."
-    metric: str
-    filter_list: list[str] | str | None = None # None: every filter that the tasks have
-    aggregation: Literal['mean'] = 'mean'
-    weight_by_size: bool = True                # by the number of samples; False: every task counts the same
-
-class GroupConfig(_Part):
-    "A file that names several tasks; further keys are laid over those of its tasks."
-    model_config = ConfigDict(extra='allow', arbitrary_types_allowed=True, frozen=True)
-    group: str
-    group_alias: str = ''
-    task: list | str = Field(default_factory=list)
-    aggregate_metric_list: list[Aggregate] = Field(default_factory=list)
-    tag: str | list[str] = ''
-    metadata: Any = None
-
-    @model_validator(mode='before')
-    @classmethod
-    def _always_a_list(cls, v): return v | {'aggregate_metric_list': [a]} if isinstance(a := v.get('aggregate_metric_list'), dict) else v
 
 # %% ../nbs/14_harness.ipynb #912188c9
 def _code_file(code): return code.path.parent / (code.spec.rpartition('.')[0].replace('.', '/') + '.py')
@@ -327,9 +327,9 @@ def function_of(
     return f
 
 # %% ../nbs/14_harness.ipynb #6148963c
-class BadDocument(LabError):
-    "A document's own fault: this one cannot be put into words, others may."
+class BadDocument(LabError): "A document's own fault: this one cannot be put into words, others may."
 
+# %% ../nbs/14_harness.ipynb #0928b39b
 @lru_cache
 def _environment():
     "The harness's templates, in a sandbox."
@@ -391,7 +391,7 @@ def look_up(self: Wording,
 @patch
 def where(self: Wording, key): return f'{self.file.place(key)}: {key}' if self.file else key
 
-# %% ../nbs/14_harness.ipynb #a156fb1b
+# %% ../nbs/14_harness.ipynb #4a0bd3ae
 def _index(text):
     "A text of digits as a number."
     try: return int(text) if text.isdigit() else text
@@ -404,6 +404,7 @@ def question(self: Wording, doc # dictionary of columns
     v, rendered = self.look_up(self.text, doc, 'doc_to_text')
     return _index(v) if rendered and self.labelled else v
 
+# %% ../nbs/14_harness.ipynb #f5975b65
 @patch
 def answer(self: Wording, doc # dictionary of columns
           ): # index, text, or list of either
@@ -442,6 +443,7 @@ class Turn:
     content: str
     after: str = '' # stands behind it in plain text
 
+# %% ../nbs/14_harness.ipynb #c11518cf
 def _apart(a, b): return not (a[-1].isspace() or b[0].isspace())
 
 def joined(
@@ -523,6 +525,8 @@ def _balanced(self: Shots, n, pool):
 # %% ../nbs/14_harness.ipynb #1ba310bd
 local_formats = ('json', 'csv', 'parquet', 'arrow', 'text')
 
+def _alike(a, b): return a.is_file() and b.is_file() and core.fingerprint(a) == core.fingerprint(b)
+
 def find_file(
     name,   # as the task file says it
     folder, # of the task file
@@ -534,9 +538,6 @@ def find_file(
     if not found: raise LabError(f'{where}: there is no file "{name}" in {Path().resolve()} or beside the task file in {folder}')
     if len(found) == 2 and found[0].resolve() != found[1].resolve() and not _alike(*found): raise LabError(f'{where}: "{name}" is both {found[0].resolve()} and {found[1]}, and they differ; give an absolute path')
     return str(found[0].absolute())
-
-# %% ../nbs/14_harness.ipynb #2c778b7d
-def _alike(a, b): return a.is_file() and b.is_file() and core.fingerprint(a) == core.fingerprint(b)
 
 # %% ../nbs/14_harness.ipynb #7d65198b
 _refused_kwargs = dict(streaming='data is read as a whole', split='name splits with test_split and its kin', cache_dir='set the environment variable HF_HOME',
@@ -568,19 +569,6 @@ def _quiet_datasets():
         if not bars: datasets.enable_progress_bars()
 
 # %% ../nbs/14_harness.ipynb #af71edeb
-def load_splits(
-    file,   # TaskFile
-    config, # TaskConfig
-): # dict of split name to datasets.Dataset
-    "All splits of a task's data."
-    kw, path = _data_kwargs(file, config), config.dataset_path
-    name = None if config.dataset_name is None else str(config.dataset_name)
-    with _quiet_datasets() as datasets, tempfile.TemporaryDirectory() as scratch:
-        if path in local_formats: return _read_local(file, datasets, path, name, kw, scratch)
-        if path.startswith(('.', '/', '~')) or (file.folder('dataset_path') / path).is_dir():
-            return _read_local(file, datasets, find_file(str(Path(path).expanduser()), file.folder('dataset_path'), file.place('dataset_path')), name, kw, scratch)
-        return _read_hub(file, datasets, path, name, kw)
-
 def _read_local(file, datasets, path, name, kw, scratch):
     try: return dict(datasets.load_dataset(path, name=name, cache_dir=scratch, keep_in_memory=True, **kw))
     except LabError: raise
@@ -606,6 +594,20 @@ def _read_hub(file, datasets, path, name, kw):
     if offline: raise LabError(f'{where} is not in the local cache, and HF_HUB_OFFLINE forbids the network ({_cause(why)})')
     try: HfApi().dataset_info(path, timeout=10); return dict(datasets.load_dataset(path, name=name, **kw))
     except Exception as e: raise LabError(f'{where} is not in the local cache and cannot be fetched ({_cause(e)}); go online once, or save it as a file: dataset_path: json with dataset_kwargs: data_files') from e
+
+# %% ../nbs/14_harness.ipynb #24b4cc5a
+def load_splits(
+    file,   # TaskFile
+    config, # TaskConfig
+): # dict of split name to datasets.Dataset
+    "All splits of a task's data."
+    kw, path = _data_kwargs(file, config), config.dataset_path
+    name = None if config.dataset_name is None else str(config.dataset_name)
+    with _quiet_datasets() as datasets, tempfile.TemporaryDirectory() as scratch:
+        if path in local_formats: return _read_local(file, datasets, path, name, kw, scratch)
+        if path.startswith(('.', '/', '~')) or (file.folder('dataset_path') / path).is_dir():
+            return _read_local(file, datasets, find_file(str(Path(path).expanduser()), file.folder('dataset_path'), file.place('dataset_path')), name, kw, scratch)
+        return _read_hub(file, datasets, path, name, kw)
 
 # %% ../nbs/14_harness.ipynb #95d17e47
 @dataclass(frozen=True)
@@ -647,6 +649,7 @@ harness_metrics = {(m.output, m.name): m for m in [*_choosing, *_others]}
 answers_by = dict(multiple_choice='choice', generate_until='generate', loglikelihood='loglikelihood', loglikelihood_rolling='perplexity')
 _usual = dict(choice=('acc', 'acc_norm'), generate=('exact_match',), loglikelihood=('perplexity', 'acc'), perplexity=('word_perplexity', 'byte_perplexity', 'bits_per_byte'))
 
+# %% ../nbs/14_harness.ipynb #de5d2e92
 @dataclass(frozen=True)
 class MetricUse:
     "A metric as one task uses it."
@@ -656,20 +659,6 @@ class MetricUse:
     aggregation: str = ''
     higher: bool = True
     options: dict = field(default_factory=dict)
-
-# %% ../nbs/14_harness.ipynb #98fcfd26
-def metric_uses(
-    file,   # TaskFile
-    config, # TaskConfig
-): # tuple of MetricUse
-    "The metrics of a task, each for every filter."
-    output = answers_by[config.output_type]
-    entries = config.metric_list if config.metric_list is not None else [MetricEntry(metric=m) for m in _usual[output]]
-    pipes = [p.name for p in config.filter_list or [FilterPipe(name='none', filter=[])]]
-    if twice := [p for p in pipes if pipes.count(p) > 1]: raise LabError(f'{file.place("filter_list")}: two filters are called "{twice[0]}"')
-    found = [_metric_use(file, i, e, output) for i, e in enumerate(entries)]
-    if not found: raise LabError(f'{file.place("metric_list")}: metric_list is empty')
-    return tuple(replace(u, name=u.name if len(pipes) == 1 else f'{u.name},{p}', filter=p) for p in pipes for u in found)
 
 # %% ../nbs/14_harness.ipynb #1d502616
 def _metric_use(file, i, entry, output):
@@ -684,6 +673,20 @@ def _metric_use(file, i, entry, output):
     for k in options:
         if k not in m.options: raise LabError(f'{file.place("metric_list", i, k)}: {m.name} has no option "{k}" for this output_type.{closest(k, m.options)} ' + (f'Accepted: {", ".join(m.options)}' if m.options else 'It has none'))
     return MetricUse(m.name, m, aggregation=m.aggregation, higher=m.higher if entry.higher_is_better is None else entry.higher_is_better, options=options)
+
+# %% ../nbs/14_harness.ipynb #98fcfd26
+def metric_uses(
+    file,   # TaskFile
+    config, # TaskConfig
+): # tuple of MetricUse
+    "The metrics of a task, each for every filter."
+    output = answers_by[config.output_type]
+    entries = config.metric_list if config.metric_list is not None else [MetricEntry(metric=m) for m in _usual[output]]
+    pipes = [p.name for p in config.filter_list or [FilterPipe(name='none', filter=[])]]
+    if twice := [p for p in pipes if pipes.count(p) > 1]: raise LabError(f'{file.place("filter_list")}: two filters are called "{twice[0]}"')
+    found = [_metric_use(file, i, e, output) for i, e in enumerate(entries)]
+    if not found: raise LabError(f'{file.place("metric_list")}: metric_list is empty')
+    return tuple(replace(u, name=u.name if len(pipes) == 1 else f'{u.name},{p}', filter=p) for p in pipes for u in found)
 
 # %% ../nbs/14_harness.ipynb #f290a408
 def _each(f): return lambda answers, doc: [f(a) for a in answers]
@@ -735,19 +738,6 @@ filters = dict(
     take_first=lambda: lambda answers, doc: answers[:1], take_first_k=lambda k: lambda answers, doc: answers[:k], majority_vote=lambda: _vote)
 
 # %% ../nbs/14_harness.ipynb #a5fa10d5
-def make_filters(
-    file,   # TaskFile
-    config, # TaskConfig
-): # dict of name to a function from (answers, document) to the prediction
-    "The filters of a task; the usual one takes the first answer."
-    if config.filter_list is None: return {'none': _pipeline([filters['take_first']()])}
-    out = {}
-    for i, pipe in enumerate(config.filter_list):
-        steps, names = [_step(file, i, j, s) for j, s in enumerate(pipe.filter)], [s.function for s in pipe.filter]
-        _check_order(file.place('filter_list', i), pipe.name, names, config)
-        out[pipe.name] = _pipeline(steps)
-    return out
-
 def _pipeline(steps):
     def run(answers, doc):
         for s in steps: answers = s(answers, doc)
@@ -768,6 +758,20 @@ def _check_order(where, name, steps, config):
     if 'take_first' in steps[:-1]: raise LabError(f'{where}: filter "{name}": take_first must be the last step')
     if config.repeats > 1 and (not steps or steps[-1] not in ('take_first', 'majority_vote')): raise LabError(f'{where}: filter "{name}" must end with take_first or majority_vote, because repeats: {config.repeats} gives several answers')
     if config.output_type != 'generate_until' and set(steps) - {'take_first'}: raise LabError(f'{where}: filter "{name}": answers that are not written can only go through take_first')
+
+# %% ../nbs/14_harness.ipynb #e033b97d
+def make_filters(
+    file,   # TaskFile
+    config, # TaskConfig
+): # dict of name to a function from (answers, document) to the prediction
+    "The filters of a task; the usual one takes the first answer."
+    if config.filter_list is None: return {'none': _pipeline([filters['take_first']()])}
+    out = {}
+    for i, pipe in enumerate(config.filter_list):
+        steps, names = [_step(file, i, j, s) for j, s in enumerate(pipe.filter)], [s.function for s in pipe.filter]
+        _check_order(file.place('filter_list', i), pipe.name, names, config)
+        out[pipe.name] = _pipeline(steps)
+    return out
 
 # %% ../nbs/14_harness.ipynb #eac520c3
 @dataclass(slots=True)
@@ -843,20 +847,6 @@ def data_fingerprint(self: HarnessTask): return core.fingerprint(dict(data=self.
 def fingerprint(self: HarnessTask):
     c = self.config
     return core.fingerprint([self.data_fingerprint, self.prompt_fingerprint, c.output_type, str(_plain(c.generation_kwargs)), c.repeats, str([_plain(p) for p in c.filter_list or ()])])
-
-# %% ../nbs/14_harness.ipynb #9bdc569c
-@patch
-def head(self: HarnessTask,
-    n, # number of documents
-): # HarnessTask
-    "The same task on its first `n` documents."
-    return replace(self, data=self.data.head(n), docs=self.docs[:n])
-
-@patch
-def _repr_html_(self: HarnessTask):
-    rows = [('documents', f'{len(self.docs):,} of {self.sources["questions"]}'), ('output type', self.config.output_type), ('few-shot', f'{self.shots} of {self.sources["examples"]}' if self.shots else 'none'),
-            ('metrics', ', '.join(self.metrics)), ('data', self.data_fingerprint)]
-    return show_frame(pd.DataFrame(rows, columns=['', self.name]))
 
 # %% ../nbs/14_harness.ipynb #f33801fb
 def _one(split, splits, file, key):
@@ -950,6 +940,20 @@ def build_task(
         words=_worded(file, config, columns), shot_words=_worded(file, config, columns, shots=True), uses=uses, filters=pipes, shot_seed=seed,
         chat=chat, multiturn=multiturn, system=system, overlap=allow_overlap, sources=where, notes=(*notes, *_notes(config, output)))
 
+# %% ../nbs/14_harness.ipynb #9bdc569c
+@patch
+def head(self: HarnessTask,
+    n, # number of documents
+): # HarnessTask
+    "The same task on its first `n` documents."
+    return replace(self, data=self.data.head(n), docs=self.docs[:n])
+
+@patch
+def _repr_html_(self: HarnessTask):
+    rows = [('documents', f'{len(self.docs):,} of {self.sources["questions"]}'), ('output type', self.config.output_type), ('few-shot', f'{self.shots} of {self.sources["examples"]}' if self.shots else 'none'),
+            ('metrics', ', '.join(self.metrics)), ('data', self.data_fingerprint)]
+    return show_frame(pd.DataFrame(rows, columns=['', self.name]))
+
 # %% ../nbs/14_harness.ipynb #174203bb
 def _gold(target, options):
     "Indices of the right options."
@@ -1042,6 +1046,23 @@ def _wanted(self: HarnessTask, doc):
     if a is None or a != a: raise BadDocument('the target is empty')
     return [str(x) for x in a] if isinstance(a, (list, tuple)) else str(a)
 
+# %% ../nbs/14_harness.ipynb #469add1c
+@patch
+def _sample(self: HarnessTask, i, doc, shots, chat):
+    "One document; what is wrong with it alone becomes its error."
+    s = DocSample(id=i, row=doc)
+    try: self._fill(s, shots, chat)
+    except BadDocument as e: s.error = str(e)
+    return s
+
+@patch
+def _drawn(self: HarnessTask):
+    "The worked examples of every document, as documents."
+    draw = Shots(self.pool, self.config.fewshot_config.sampler, self.shot_seed, self.shot_words.answer)
+    drawn = [draw.draw(self.shots, d if self.excluding else None) if self.shots else [] for d in self.docs]
+    if any(len(d) < self.shots for d in drawn): raise LabError(f'{self.where}: {plural(self.shots, "worked example")} cannot be drawn once the question itself is left out; lower num_fewshot')
+    return drawn
+
 # %% ../nbs/14_harness.ipynb #ec04ef90
 def _fold(text): return ' '.join(str(text).lower().split())
 
@@ -1071,6 +1092,7 @@ def overlaps(self: HarnessTask,
             if k == asked[i][which] or self.apart and k in first: found.setdefault(k, [d, i if k == asked[i][which] else first[k], 0])[2] += 1
     return [tuple(f) for f in found.values()]
 
+# %% ../nbs/14_harness.ipynb #f51ba23a
 @patch
 def _overlap_error(self: HarnessTask, drawn=None):
     "Why the worked examples are refused; '' when they are not."
@@ -1096,6 +1118,7 @@ def samples(self: HarnessTask,
     if not self.overlap and (why := self._overlap_error(drawn)): raise LabError(why)
     return out
 
+# %% ../nbs/14_harness.ipynb #ed5aa9e9
 @patch
 def blanks(self: HarnessTask,
     prompt=None, # not used
@@ -1104,36 +1127,7 @@ def blanks(self: HarnessTask,
     "Questions without content, which other tasks use to correct for favourite options; the harness has none."
     return []
 
-@patch
-def _drawn(self: HarnessTask):
-    "The worked examples of every document, as documents."
-    draw = Shots(self.pool, self.config.fewshot_config.sampler, self.shot_seed, self.shot_words.answer)
-    drawn = [draw.draw(self.shots, d if self.excluding else None) if self.shots else [] for d in self.docs]
-    if any(len(d) < self.shots for d in drawn): raise LabError(f'{self.where}: {plural(self.shots, "worked example")} cannot be drawn once the question itself is left out; lower num_fewshot')
-    return drawn
-
-@patch
-def _sample(self: HarnessTask, i, doc, shots, chat):
-    "One document; what is wrong with it alone becomes its error."
-    s = DocSample(id=i, row=doc)
-    try: self._fill(s, shots, chat)
-    except BadDocument as e: s.error = str(e)
-    return s
-
-# %% ../nbs/14_harness.ipynb #58b0b3e9
-@patch
-def ask(self: HarnessTask,
-    model,   # with the methods of `genai_lab.models.Model`
-    samples, # list of DocSample
-    opts,    # progress, and for written answers seed
-): # list of records
-    "Put all samples to the model, in as few calls as there are kinds of questions."
-    how = dict(choice=_ask_options, generate=_ask_writing, loglikelihood=_ask_targets, perplexity=_ask_texts)[self.output]
-    for s in samples: _make_readable(model, s)
-    records = how(self, model, samples, opts)
-    for s, r in zip(samples, records): r |= {c: s.row.get(c) for c in self.slices}
-    return records
-
+# %% ../nbs/14_harness.ipynb #7ac7d2e5
 def _make_readable(model, s):
     "Messages as the text that the model reads, where the back end shows it; in a chat the beginning of the answer goes behind it."
     if s.error: return
@@ -1230,6 +1224,20 @@ def _scored_record(s, task, x):
     return _record(s, logprob=x.logprob, tokens=x.n_tokens, greedy=x.greedy, requests=asked, **size,
                    **{u.name: float(x.greedy) for u in task.uses if u.metric.name == 'acc'})
 
+# %% ../nbs/14_harness.ipynb #29955f74
+@patch
+def ask(self: HarnessTask,
+    model,   # with the methods of `genai_lab.models.Model`
+    samples, # list of DocSample
+    opts,    # progress, and for written answers seed
+): # list of records
+    "Put all samples to the model, in as few calls as there are kinds of questions."
+    how = dict(choice=_ask_options, generate=_ask_writing, loglikelihood=_ask_targets, perplexity=_ask_texts)[self.output]
+    for s in samples: _make_readable(model, s)
+    records = how(self, model, samples, opts)
+    for s, r in zip(samples, records): r |= {c: s.row.get(c) for c in self.slices}
+    return records
+
 # %% ../nbs/14_harness.ipynb #8aa2f17b
 @dataclass(frozen=True)
 class HarnessBoard(Scoreboard):
@@ -1245,6 +1253,7 @@ class HarnessBoard(Scoreboard):
     @property
     def spec(self): return None
 
+# %% ../nbs/14_harness.ipynb #10f8e1e2
 @patch
 def board(self: HarnessTask,
     samples, # frame of records
@@ -1253,7 +1262,7 @@ def board(self: HarnessTask,
     "The records as one metric sees them."
     return HarnessBoard(samples, metric, use=next(u for u in self.uses if u.name == metric))
 
-# %% ../nbs/14_harness.ipynb #10f8e1e2
+# %% ../nbs/14_harness.ipynb #dfdeeac3
 @patch
 def values(self: HarnessBoard):
     "What each sample contributes, the worst for a failed one; None for a metric that needs all samples at once."
@@ -1262,6 +1271,7 @@ def values(self: HarnessBoard):
     if not self.failed.all(): v[~self.failed] = self.samples[self.metric][~self.failed].to_numpy(float)
     return v
 
+# %% ../nbs/14_harness.ipynb #4f65cdfb
 @patch
 def answers(self: HarnessBoard,
     right=False, # a failed sample gets its reference as prediction
@@ -1272,6 +1282,7 @@ def answers(self: HarnessBoard,
     said = self.samples[column] if column in self.samples else [''] * len(self.samples)
     return [(t if right else '') if f else x for x, t, f in zip(said, self.samples.target, self.failed)], self.samples.target.tolist()
 
+# %% ../nbs/14_harness.ipynb #c78f1ef0
 def _option_answers(samples, failed, right):
     "Indices of predicted and right options; a failed sample whose right option is not known counts for option 0."
     gold = [0 if g != g else int(g) for g in (samples.target_index if 'target_index' in samples else [math.nan] * len(samples))]
@@ -1315,13 +1326,14 @@ class SumStatistic:
     def __call__(self, said, wanted, weights=None): return self.totals(said, wanted)(weights)
 
 # %% ../nbs/14_harness.ipynb #88afaff2
-_ratios = dict(perplexity=(None, np.exp), weighted_perplexity=('', np.exp), bits_per_byte=('bytes', lambda x: x / math.log(2)))
-
 @patch
 def statistic(self: HarnessBoard):
     "The metric as a function of predictions and references, for paired comparisons."
     if self.kind not in _totals: raise LabError(f'{self.metric} is not compared sample by sample; compare its intervals, or another metric')
     return SumStatistic(_totals[self.kind])
+
+# %% ../nbs/14_harness.ipynb #13247264
+_ratios = dict(perplexity=(None, np.exp), weighted_perplexity=('', np.exp), bits_per_byte=('bytes', lambda x: x / math.log(2)))
 
 @patch
 def totals(self: HarnessBoard):
@@ -1334,7 +1346,7 @@ def totals(self: HarnessBoard):
     rows = np.stack([-ok.logprob.to_numpy(float), ok[unit].to_numpy(float) if unit else np.ones(len(ok))], 1)
     return mx.Totals(rows, np.arange(len(rows)), lambda t: f(t[..., 0] / t[..., 1]))
 
-# %% ../nbs/14_harness.ipynb #3080701f
+# %% ../nbs/14_harness.ipynb #95cdf500
 @patch
 def estimate(self: HarnessBoard,
     level=.95, # of the interval
@@ -1346,6 +1358,7 @@ def estimate(self: HarnessBoard,
     if (t := self.totals()) is None: return Estimate(math.nan, math.nan, math.nan, 0, 'none', level, 'nothing was scored')
     return stats.bootstrap(t, level=level, seed=seed)
 
+# %% ../nbs/14_harness.ipynb #6fc5eea9
 @patch
 def bounds(self: HarnessBoard,
     value, # of the metric
@@ -1374,6 +1387,7 @@ class Group:
     aggregates: list = field(default_factory=list) # of Aggregate
     alias: str = ''
 
+# %% ../nbs/14_harness.ipynb #02c4566f
 @dataclass
 class TaskSet:
     "What one or several files describe."
@@ -1442,6 +1456,7 @@ def group(self: _Reader, file, over=None):
     self.out.groups[c.group] = Group(c.group, list(dict.fromkeys(members)), c.aggregate_metric_list, c.group_alias)
     return c.group
 
+# %% ../nbs/14_harness.ipynb #b5894821
 @patch
 def member(self: _Reader, file, group, name, keys, where, over):
     "The names that one entry of a group stands for."
@@ -1485,20 +1500,6 @@ class GroupValue:
     tasks: tuple   # that have the metric
     lacking: tuple # that do not
 
-def group_values(
-    found,       # TaskSet
-    evaluations, # dict of task name to Evaluation
-    name,        # of the group
-): # list of GroupValue
-    "The metrics that a group file asks for."
-    out, leaves = [], found.leaves(name)
-    for a in found.groups[name].aggregates:
-        uses = {t: [u for u in found.tasks[t].uses if u.metric.name == a.metric and (a.filter_list is None or u.filter in _listed(a.filter_list))] for t in leaves}
-        for f in dict.fromkeys(u.filter for us in uses.values() for u in us):
-            have = {t: evaluations[t].board(u.name) for t, us in uses.items() for u in us if u.filter == f}
-            out.append(_group_value(a, f, len({u.filter for us in uses.values() for u in us}), have, [evaluations[t] for t in have], tuple(t for t in leaves if t not in have)))
-    return out
-
 # %% ../nbs/14_harness.ipynb #bbf30301
 def _group_value(a, filter, n_filters, boards, evs, lacking):
     "The mean over tasks of one metric."
@@ -1512,6 +1513,21 @@ def _group_value(a, filter, n_filters, boards, evs, lacking):
     if a.weight_by_size and all(v is not None for v in values): est = stats.mean(np.concatenate(values))
     else: est = Estimate(float(w @ point), float(w @ point - 1.96 * se), float(w @ point + 1.96 * se), int(sizes.sum()), 'normal approximation')
     return GroupValue(name, est, se, tuple(boards), lacking)
+
+# %% ../nbs/14_harness.ipynb #d82aafbf
+def group_values(
+    found,       # TaskSet
+    evaluations, # dict of task name to Evaluation
+    name,        # of the group
+): # list of GroupValue
+    "The metrics that a group file asks for."
+    out, leaves = [], found.leaves(name)
+    for a in found.groups[name].aggregates:
+        uses = {t: [u for u in found.tasks[t].uses if u.metric.name == a.metric and (a.filter_list is None or u.filter in _listed(a.filter_list))] for t in leaves}
+        for f in dict.fromkeys(u.filter for us in uses.values() for u in us):
+            have = {t: evaluations[t].board(u.name) for t, us in uses.items() for u in us if u.filter == f}
+            out.append(_group_value(a, f, len({u.filter for us in uses.values() for u in us}), have, [evaluations[t] for t in have], tuple(t for t in leaves if t not in have)))
+    return out
 
 # %% ../nbs/14_harness.ipynb #cb1020e6
 def _how_shots(task):
@@ -1642,6 +1658,7 @@ def looking_model(
     except LabError: return None
     return load_model() if entry.backend == 'transformers' and model_state(entry) in ('cached', 'ready') else None
 
+# %% ../nbs/14_harness.ipynb #898d753a
 def check_tasks(
     *paths,     # of task and group files
     model=None, # shows chat template and special tokens; None: plain text

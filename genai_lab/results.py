@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SCHEMA_VERSION', 'results_schema', 'stderr', 'metric_record', 'file_name', 'task_record', 'sample_frame',
            'write_samples', 'output_folder', 'EvalRun', 'read_results', 'open_model', 'refuse_unfit',
-           'timed_evaluation', 'run_tasks', 'replace_chat']
+           'timed_evaluation', 'replace_chat', 'run_tasks']
 
 # %% ../nbs/15_results.ipynb #5008edd7
 import io, json, math, os, re, socket, sys, time
@@ -112,6 +112,13 @@ def _correct(ev):
         if v is not None and np.isin(v, (0, 1)).all(): return [None if f else bool(x) for x, f in zip(v, failed)]
     return [None] * len(failed)
 
+def _clean(column):
+    "A column without secrets; looking at all texts at once is what keeps it quick."
+    texts = [x for x in column if isinstance(x, str)]
+    whole = '\0'.join(texts)
+    return column if not texts or redact(whole) == whole else column.map(redact)
+
+# %% ../nbs/15_results.ipynb #8fb9545a
 def sample_frame(
     ev, # Evaluation
 ): # DataFrame, one row a sample
@@ -120,12 +127,6 @@ def sample_frame(
     out = pd.DataFrame(dict(id=s.id, document=[_json(d) for d in docs], prompt=s.prompt, target=[_flat(t) for t in s.target], prediction=[_flat(p) for p in s.prediction], correct=_correct(ev), error=s.error))
     rest = s.drop(columns=[c for c in s if c in out])
     return pd.concat([out, rest], axis=1).apply(_clean)
-
-def _clean(column):
-    "A column without secrets; looking at all texts at once is what keeps it quick."
-    texts = [x for x in column if isinstance(x, str)]
-    whole = '\0'.join(texts)
-    return column if not texts or redact(whole) == whole else column.map(redact)
 
 # %% ../nbs/15_results.ipynb #28a6f3d3
 def write_samples(
@@ -176,6 +177,7 @@ class EvalRun:
 @patch(as_prop=True)
 def complete(self: EvalRun): return len(self.evaluations) == len(self.tasks.tasks)
 
+# %% ../nbs/15_results.ipynb #110949f1
 @patch
 def group_records(self: EvalRun):
     "The groups of results.json; those whose tasks are all there."
@@ -188,7 +190,7 @@ def group_records(self: EvalRun):
         out[name] = dict(alias=g.alias, tasks=leaves, metrics=values)
     return out
 
-# %% ../nbs/15_results.ipynb #110949f1
+# %% ../nbs/15_results.ipynb #50a90f83
 @patch
 def to_dict(self: EvalRun):
     "The content of results.json."
@@ -197,6 +199,7 @@ def to_dict(self: EvalRun):
     return dict(schema_version=SCHEMA_VERSION, status='complete' if self.complete else 'partial', created=datetime.now(timezone.utc).isoformat(timespec='seconds'), model=model,
                 settings=self.settings, tasks=self.records, groups=self.group_records(), provenance={k: str(v) for k, v in core.provenance().items()})
 
+# %% ../nbs/15_results.ipynb #34cd7e44
 @patch
 def write(self: EvalRun):
     "Write results.json, once the schema agrees."
@@ -205,6 +208,7 @@ def write(self: EvalRun):
     jsonschema.validate(d, results_schema)
     return atomic_write(self.folder / 'results.json', json.dumps(d, indent=1, ensure_ascii=False) + '\n')
 
+# %% ../nbs/15_results.ipynb #93917519
 def read_results(
     folder, # of a run, or path of its results.json
 ): # dict
@@ -227,6 +231,7 @@ def to_frame(self: EvalRun):
               for g, r in self.group_records().items() for m, v in r['metrics'].items()]
     return pd.DataFrame([*rows, *groups], columns=['task', 'metric', 'value', 'low', 'high', 'stderr', 'n', 'failed'])
 
+# %% ../nbs/15_results.ipynb #23335963
 @patch
 def __str__(self: EvalRun):
     f, show = self.to_frame(), lambda x: '–' if x is None or x != x else f'{x:.4g}'
@@ -250,17 +255,11 @@ def open_model(
     entry = find_entry(name, **({'dtype': dtype} if dtype else {}))
     if replay: return remember(entry.name if not dtype else load_model(name, dtype=dtype), store, replay=True)
     model = load_model(name, **({'dtype': dtype} if dtype else {}))
-    if batch_tokens: _set_batch(model, batch_tokens)
+    if batch_tokens and not hasattr(model, 'batch_tokens'): raise LabError(f'--batch-tokens is for models of this machine, not for the endpoint of {model.name}')
+    if batch_tokens: model.batch_tokens = batch_tokens
     return remember(model, store)
 
-def _set_batch(model, tokens):
-    "Limit the tokens of a forward pass."
-    if model.entry.backend != 'transformers': raise LabError(f'--batch-tokens is for models of this machine, not for the endpoint of {model.name}')
-    if tokens < 1: raise LabError(f'--batch-tokens must be at least 1, not {tokens}')
-    if hasattr(model, 'batch_tokens'): model.batch_tokens = tokens; return
-    model.scorer.batch_tokens = tokens
-
-# %% ../nbs/15_results.ipynb #f6e74a63
+# %% ../nbs/15_results.ipynb #1a1b3307
 _speaks = dict(choice='loglikelihood', loglikelihood='loglikelihood', perplexity='rolling', generate='generate')
 
 def refuse_unfit(
@@ -274,6 +273,7 @@ def refuse_unfit(
     raise LabError(f'{task.where} is {task.config.output_type} and needs {what}, which model "{model.name}" does not give; take a model of the transformers back end, '
                    'an endpoint that returns the log-probabilities of the prompt (completions with echo and logprobs), or write the task as generate_until')
 
+# %% ../nbs/15_results.ipynb #e73724cf
 def _chat_wanted(model, tasks, chat):
     "Whether prompts go through the chat template."
     if chat is not None: return chat
@@ -305,6 +305,44 @@ def timed_evaluation(
     return ev, dict(requests=_n_requests(ev.samples), remembered=getattr(model, 'remembered', 0) - known, tokens_asked=int(asked), tokens_computed=int(computed),
                     seconds=round(time.perf_counter() - start, 4), model_seconds=round(float(busy), 4))
 
+# %% ../nbs/15_results.ipynb #a21b2038
+def replace_chat(
+    task, # HarnessTask
+    chat, # whether its prompts go through the chat template
+): # HarnessTask
+    "The same task, in a chat or not."
+    from dataclasses import replace
+    return task if task.chat == chat else replace(task, chat=chat)
+
+# %% ../nbs/15_results.ipynb #d2da0d33
+@patch
+def go(self: EvalRun,
+    seed, # of drawn answers and bootstraps
+    say,  # called with lines for the user
+):
+    "Evaluate the tasks one by one, writing as they are done."
+    for i, (name, t) in enumerate(self.tasks.tasks.items(), 1):
+        say(f'{name}{f" ({i} of {len(self.tasks.tasks)})" if len(self.tasks.tasks) > 1 else ""}: {plural(len(t.docs), "document")}, {t.shots}-shot, {t.config.output_type}')
+        for n in t.notes: say(f'  note: {n}')
+        try: ev, timing = timed_evaluation(t, self.model, label=self.model.name, seed=seed)
+        except KeyboardInterrupt:
+            say(f'interrupted: {plural(len(self.evaluations), "task")} of {len(self.tasks.tasks)} done; {plural(self.model.asked, "new answer")} of this run {"is" if self.model.asked == 1 else "are"} kept in {self.model.store.path}. The same command goes on from there.')
+            raise
+        self.keep(ev, timing)
+
+# %% ../nbs/15_results.ipynb #6901fa89
+@patch
+def keep(self: EvalRun,
+    ev,     # Evaluation of one task
+    timing, # dict, as the schema's timing
+):
+    "Take up a finished task and write what there is."
+    name = ev.task.name
+    if self.folder: write_samples(ev, self.folder)
+    self.evaluations[name] = ev
+    self.records[name] = task_record(ev, timing, ev.task.remarks(ev.samples))
+    if self.folder: self.write()
+
 # %% ../nbs/15_results.ipynb #e4403693
 def _tell(text): print(redact(text), file=sys.stderr, flush=True)
 
@@ -326,49 +364,15 @@ def run_tasks(
     say=_tell,        # called with lines for the user
 ): # EvalRun
     "Evaluate a model on task files."
-    asked = dict(num_fewshot=num_fewshot, limit=limit, dtype=dtype, batch_tokens=batch_tokens, seed=seed, chat=chat, fewshot_as_multiturn=multiturn, replay=replay, allow_code=[str(a) for a in allow_code], allow_overlap=allow_overlap)
+    asked = dict(num_fewshot=num_fewshot, limit=int(limit) if limit is not None and limit == int(limit) else limit, dtype=dtype, batch_tokens=batch_tokens, seed=seed, chat=chat, fewshot_as_multiturn=multiturn, replay=replay, allow_code=[str(a) for a in allow_code], allow_overlap=allow_overlap)
     with output_folder(output) as folder:
         found = load_tasks(*paths, num_fewshot=num_fewshot, limit=limit, seed=1234 if seed is None else seed, allow_code=allow_code, allow_overlap=allow_overlap, multiturn=multiturn)
-        m = open_model(model, store, replay, dtype, batch_tokens) if model is None or isinstance(model, (str, Path)) else remember(model, store, replay)
+        ready = not (model is None or isinstance(model, (str, Path)))
+        if ready and (dtype or batch_tokens): raise LabError('dtype and batch_tokens go with the name of a model; this one is loaded already')
+        m = remember(model, store, replay) if ready else open_model(model, store, replay, dtype, batch_tokens)
         for t in found.tasks.values(): refuse_unfit(t, m)
         use_chat = _chat_wanted(m, found.tasks.values(), chat)
         found.tasks = {n: replace_chat(t, use_chat) for n, t in found.tasks.items()}
         run = EvalRun(found, m, asked, folder=folder)
         run.go(settings().lab.seed if seed is None else seed, say)
     return run
-
-# %% ../nbs/15_results.ipynb #4ef55d81
-def replace_chat(
-    task, # HarnessTask
-    chat, # whether its prompts go through the chat template
-): # HarnessTask
-    "The same task, in a chat or not."
-    from dataclasses import replace
-    return task if task.chat == chat else replace(task, chat=chat)
-
-@patch
-def go(self: EvalRun,
-    seed, # of drawn answers and bootstraps
-    say,  # called with lines for the user
-):
-    "Evaluate the tasks one by one, writing as they are done."
-    for i, (name, t) in enumerate(self.tasks.tasks.items(), 1):
-        say(f'{name}{f" ({i} of {len(self.tasks.tasks)})" if len(self.tasks.tasks) > 1 else ""}: {plural(len(t.docs), "document")}, {t.shots}-shot, {t.config.output_type}')
-        for n in t.notes: say(f'  note: {n}')
-        try: ev, timing = timed_evaluation(t, self.model, label=self.model.name, seed=seed)
-        except KeyboardInterrupt:
-            say(f'interrupted: {plural(len(self.evaluations), "task")} of {len(self.tasks.tasks)} done; {plural(self.model.asked, "new answer")} of this run {"is" if self.model.asked == 1 else "are"} kept in {self.model.store.path}. The same command goes on from there.')
-            raise
-        self.keep(ev, timing)
-
-@patch
-def keep(self: EvalRun,
-    ev,     # Evaluation of one task
-    timing, # dict, as the schema's timing
-):
-    "Take up a finished task and write what there is."
-    name = ev.task.name
-    if self.folder: write_samples(ev, self.folder)
-    self.evaluations[name] = ev
-    self.records[name] = task_record(ev, timing, ev.task.remarks(ev.samples))
-    if self.folder: self.write()

@@ -93,6 +93,16 @@ def test_scores_predictions_and_metrics_are_those_of_the_harness(name, model):
         assert ev.samples[column if column in ev.samples else 'prediction'].tolist() == said
 
 
+@pytest.mark.parametrize('name', ['fit', 'products_valid', 'questions'])
+def test_a_chat_is_asked_as_the_harness_would(name, model):
+    task = replace(load_task(tasks / f'{name}.yaml', limit=2), chat=True)
+    ev = evaluate(task, model, progress=False)
+    for prompt, r, want in zip(ev.samples.prompt, ev.samples.requests, expected[name]['chat']):
+        if task.output == 'generate': assert [[prompt]] == want
+        else: assert [[x['context'] if x['context'] is not None else prompt, x['continuation']] for x in r] == want
+    assert ev.n.failed == 0
+
+
 def test_generation_settings_are_those_of_the_harness():
     for name in ('questions', 'written'):
         want, got = expected[name]['generation_kwargs'], load_task(tasks / f'{name}.yaml').writing
