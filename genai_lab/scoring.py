@@ -595,7 +595,7 @@ def _limits(self:Scorer, kv, depth):
     "Most tokens and most scored rows of one run, within the budget."
     token, row = _row_bytes(self.packed.net, self.packed.dtype.itemsize)
     masks = 4 * (depth + 2 * self.group) * self.packed.dtype.itemsize
-    free = self.memory - kv * (depth + 2 * self.group) - 2**24
+    free = self.memory - kv * (depth + 2 * self.group) - 2**25
     tokens = int(min(self.batch_tokens, max(0, free) * 0.6 // (token + masks)))
     return (tokens, int(max(1, free * 0.4 // row))) if tokens >= min(16, self.batch_tokens) else (0, 0)
 

@@ -74,3 +74,16 @@ def test_no_test_product_is_in_a_prompt(runs):
             asked = s.prompt.str.rsplit('Product: ', n=1).str[-1]
             for question, text in zip(asked, s.prompt): assert text.count('Product: ' + question) == 1
             assert len(s) == 32
+
+
+def test_the_experiment_of_the_readme_runs_as_it_is_printed(tmp_path, mlflow_home):
+    import nbformat
+    code = re.search(r'```python\n(.*?)```', (root / 'README.md').read_text(), re.S)[1]
+    parameters, rest = code.split('\n\n', 1)
+    pd.DataFrame(dict(text=['Fresh bread, kind staff.', 'The milk was sour.', 'I will come again!', 'Never again.'], tone=['happy', 'unhappy'] * 2)).to_csv(tmp_path / 'reviews.csv', index=False)
+    v4 = nbformat.v4
+    nb = v4.new_notebook(cells=[v4.new_code_cell(parameters, metadata=dict(tags=['parameters'])), v4.new_code_cell(rest)])
+    nbformat.write(nb, tmp_path / 'review_tone.ipynb')
+    r = lab('run', tmp_path / 'review_tone.ipynb', '-p', f'file={tmp_path}/reviews.csv', GENAI_LAB_SETTINGS=str(root / 'settings.ini'))
+    assert r.returncode == 0, r.stderr + r.stdout
+    assert 'short' in r.stdout and 'question' in r.stdout and 'No difference can be claimed' in r.stdout, r.stdout
