@@ -1,12 +1,16 @@
 "What all tests share: a lab of their own in a temporary folder, and the embedded model, loaded once."
 import os
 import shutil
+import signal
 from pathlib import Path
 
 import pytest
 
 root = Path(__file__).resolve().parents[1]
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+
+# Tests that are started in the background inherit an ignored SIGINT, and so would the commands they interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope='session')
