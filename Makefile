@@ -38,7 +38,7 @@ check: $(STAMP)
 	@$(BIN)/python .ci/gates.py
 
 lab: $(STAMP)
-	@$(BIN)/jupyter lab
+	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root)
 
 ui: $(STAMP)
 	@$(BIN)/genai-lab ui

@@ -53,6 +53,15 @@ def test_the_same_evaluation_twice_is_the_same_bit_for_bit(model):
     assert a.metrics == b.metrics and a.fingerprints == b.fingerprints
 
 
+def test_a_prompt_longer_than_the_window_fails_with_the_reason_and_is_never_cut(model):
+    long = frame.assign(product=['bananas', 'ground beef ' * 5000, 'birthday cake', 'rose bouquet'])
+    for t in (replace(task, data=long, metrics=['accuracy']), replace(task, data=long, output='generate', metrics=['exact_match'], max_tokens=4)):
+        e = evaluate(t, model, chat=False)
+        assert (e.n.attempted, e.n.scored, e.n.failed) == (4, 3, 1)
+        assert e.samples.error[1] and 'window' in e.samples.error[1] and '8,192' in e.samples.error[1].replace('8192', '8,192'), e.samples.error[1]
+        assert e.samples.prompt[1].count('ground beef') == 5000
+
+
 def test_generated_answers(model):
     t = replace(task, output='generate', metrics=['exact_match', 'token_f1'], max_tokens=6, stop=['\n'], extract=lambda s: s.strip().split()[0] if s.strip() else '')
     e = evaluate(t, model, chat=False)
