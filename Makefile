@@ -1,10 +1,10 @@
-# make demo · make test · make lab · make ui · make docs
+# make demo · make test · make check · make lab · make ui
 PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
 
-.PHONY: help install demo test check lab ui docs readme fresh clean
+.PHONY: help install demo test check lab ui readme fresh clean
 
 help:
 	@echo "make demo     set up, fetch the embedded model, run the flagship experiment, print its result"
@@ -12,7 +12,6 @@ help:
 	@echo "make check    the gates: clean notebooks, fresh export, README and outputs, floors, wheel"
 	@echo "make lab      JupyterLab with the kernel ready"
 	@echo "make ui       MLflow on 127.0.0.1"
-	@echo "make docs     the documentation as HTML in _docs/"
 	@echo "make readme   README.md from nbs/index.ipynb"
 	@echo "make fresh    re-execute every notebook in nbs/ and keep its outputs"
 
@@ -43,9 +42,6 @@ lab: $(STAMP)
 ui: $(STAMP)
 	@$(BIN)/genai-lab ui
 
-docs: $(STAMP)
-	@$(BIN)/python .ci/docs.py
-
 readme: $(STAMP)
 	@$(BIN)/python .ci/readme.py
 
@@ -55,4 +51,4 @@ fresh: $(STAMP)
 	@$(BIN)/nbdev-clean
 
 clean:
-	rm -rf $(VENV) build dist _docs _proc *.egg-info
+	rm -rf $(VENV) build dist *.egg-info
