@@ -42,6 +42,7 @@ def lab(tmp_path, monkeypatch):
     "No test writes to the lab's own store, whatever the environment says."
     monkeypatch.setenv('GENAI_LAB_TRACKING_URI', f'sqlite:///{tmp_path}/mlruns/mlflow.db')
     monkeypatch.setenv('GENAI_LAB_ARTIFACT_ROOT', str(tmp_path / 'mlruns' / 'artifacts'))
+    monkeypatch.delenv('MAKELEVEL', raising=False)   # under make, commands name make's targets
 
 
 @pytest.fixture(scope='session')

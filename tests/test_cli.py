@@ -73,6 +73,11 @@ def test_a_run_prints_result_verdict_and_where_to_look(mlflow_home, tmp_path):
     for line in re.findall(r'^  (?:notebook|HTML|story) +(\S+)$', out, re.M): assert Path(line).exists()
 
 
+def test_under_make_the_next_step_is_a_target_of_make(mlflow_home):
+    out = call('run', notebooks / 'nothing_to_do.ipynb', MAKELEVEL='1').stdout
+    assert 'make ui, then http://127.0.0.1' in out and 'genai-lab ui' not in out
+
+
 def test_a_failing_cell_is_told_in_a_few_lines(mlflow_home):
     r = call('run', notebooks / 'raises.ipynb')
     said = r.stderr[r.stderr.index('cell 3 of 4 failed'):]
