@@ -35,6 +35,7 @@ test: $(STAMP)
 
 check: $(STAMP)
 	@$(BIN)/python .ci/gates.py
+	@touch $(STAMP) # nbdev-export rewrites pyproject.toml as it is
 
 lab: $(STAMP)
 	@$(BIN)/jupyter lab $(if $(filter 0,$(shell id -u)),--allow-root)
@@ -49,6 +50,7 @@ fresh: $(STAMP)
 	@$(BIN)/nbdev-export
 	@$(BIN)/nbdev-test nbs --save
 	@$(BIN)/nbdev-clean
+	@touch $(STAMP)
 
 clean:
 	rm -rf $(VENV) build dist *.egg-info
