@@ -509,6 +509,24 @@ def _samples(self:Generator, prompts, max_tokens, settings, seed, seeds, done):
 
 # %% ../nbs/03_generation.ipynb #ba08e48b
 @patch
+@contextmanager
+def _session(self:Generator, n, on_done, progress):
+    "Answers of `n` prompts, the function that takes them, and the clock around it."
+    out, start = [None] * n, time.perf_counter()
+    self.stats = EngineStats(requests=n)
+    with progress_bar(n, 'generating', 'answer', show=progress) as bar:
+        def done(i, g):
+            out[i] = g
+            bar.update(1)
+            if on_done is not None: on_done(i, g)
+        try: yield out, done
+        finally:
+            asked = sum(g.prompt_tokens + g.completion_tokens for g in out if g and not g.error)
+            self.stats = replace(self.stats, tokens_asked=asked, seconds=time.perf_counter() - start)
+            self.total = self.total + self.stats
+
+# %% ../nbs/03_generation.ipynb #5d44a0c1
+@patch
 def generate(self:Generator,
     prompts,         # sequence of str
     max_tokens=64,   # most tokens of an answer
@@ -522,24 +540,12 @@ def generate(self:Generator,
 ): # list of Generation, in the order of the prompts
     "Answer each prompt."
     settings, stop = _settings(max_tokens, temperature, top_p, stop)
-    out, start = [None] * len(prompts), time.perf_counter()
-    self.stats = EngineStats(requests=len(prompts))
     stopper = Stopper(self.tokenizer, end_tokens(self.packed.net, self.tokenizer), stop)
-    with progress_bar(len(prompts), 'generating', 'answer', show=progress) as bar:
-        def done(i, g):
-            out[i] = g
-            bar.update(1)
-            if on_done is not None: on_done(i, g)
+    with self._session(len(prompts), on_done, progress) as (out, done):
         def finished(s):
             g = Generation('', 'error', len(s.ids), 0, s.error) if s.error else Generation(stopper.text(s.out), s.finish, len(s.ids), len(s.out))
             for i in s.owners: done(i, g)
-        try:
-            samples = self._samples(prompts, max_tokens, settings, seed, seeds, done)
-            self._answer(samples, settings, stopper, finished)
-        finally:
-            asked = sum((g.prompt_tokens + g.completion_tokens) for g in out if g and not g.error)
-            self.stats = replace(self.stats, tokens_asked=asked, seconds=time.perf_counter() - start)
-            self.total = self.total + self.stats
+        self._answer(self._samples(prompts, max_tokens, settings, seed, seeds, done), settings, stopper, finished)
     return out
 
 # %% ../nbs/03_generation.ipynb #15a5ac37

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['Score', 'failed', 'EngineStats', 'prefix_token', 'encode', 'encode_pairs', 'PrefixTree', 'prefix_tree', 'visible',
            'Unsupported', 'packed_attention', 'PathCache', 'group_starts', 'Group', 'TreeRun', 'attend', 'PackedModel',
-           'context_window', 'memory_budget', 'Scorer', 'Job', 'out_of_memory', 'run_end', 'Walk', 'rolling_windows']
+           'fast_linear', 'quick_linears', 'context_window', 'memory_budget', 'Scorer', 'Job', 'out_of_memory',
+           'run_end', 'Walk', 'rolling_windows']
 
 # %% ../nbs/02_scoring.ipynb #3626fbea
 import math, threading, time, warnings
@@ -13,7 +14,7 @@ from collections import defaultdict
 from contextlib import contextmanager, nullcontext
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from types import SimpleNamespace
+from functools import lru_cache
 from weakref import WeakKeyDictionary
 
 # %% ../nbs/02_scoring.ipynb #845b5c24
@@ -281,7 +282,9 @@ def attend(
     q = q.reshape(k.shape[0], -1, n, q.shape[-1])
     k, v = k[:, None].expand(-1, q.shape[1], -1, -1), v[:, None].expand(-1, q.shape[1], -1, -1)
     if softcap is None: out = torch.nn.functional.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
-    else: out = torch.softmax(torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap + mask, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
+    else:
+        scores = torch.tanh(q @ k.transpose(-1, -2) * (scale / softcap)) * softcap + mask
+        out = torch.softmax(scores, -1, dtype=torch.promote_types(q.dtype, torch.float32)).to(v.dtype) @ v
     return out.reshape(heads, n, -1).transpose(0, 1)
 
 # %% ../nbs/02_scoring.ipynb #d2722ffd
@@ -329,6 +332,39 @@ class PackedModel:
     def vocab(self): return self.net.config.get_text_config().vocab_size
 
 # %% ../nbs/02_scoring.ipynb #52213133
+@lru_cache
+def fast_linear():
+    "oneDNN's linear layer for single precision on a processor; None where it is missing or wrong."
+    import torch
+    x, w, b = torch.linspace(-1, 1, 40).view(8, 5), torch.linspace(-2, 1, 15).view(3, 5), torch.ones(3)
+    try:
+        op = torch.ops.mkldnn._linear_pointwise
+        with torch.inference_mode(): right = torch.allclose(op(x, w, b, 'none', [], ''), torch.nn.functional.linear(x, w, b), atol=1e-5)
+    except (AttributeError, RuntimeError): return None
+    return op if right else None
+
+# %% ../nbs/02_scoring.ipynb #e7629cff
+def _quick(layer, op):
+    "The forward of a linear layer by way of `op`; single rows stay where they are."
+    plain, w, b = layer.forward, layer.weight, layer.bias
+    def forward(x): return op(x, w, b, 'none', [], '') if x.numel() >= 4 * x.shape[-1] else plain(x)
+    return forward
+
+@contextmanager
+def quick_linears(
+    net, # torch module
+):
+    "While the block runs, plain linear layers in float32 on the CPU compute with oneDNN."
+    import torch
+    op = fast_linear()
+    fits = lambda m: type(m) is torch.nn.Linear and 'forward' not in m.__dict__ and m.weight.device.type == 'cpu' and m.weight.dtype == torch.float32
+    layers = [m for m in net.modules() if fits(m)] if op else []
+    for m in layers: m.forward = _quick(m, op)
+    try: yield layers
+    finally:
+        for m in layers: del m.forward
+
+# %% ../nbs/02_scoring.ipynb #602cc889
 @patch
 @contextmanager
 def quiet(self:PackedModel):
@@ -343,14 +379,17 @@ def quiet(self:PackedModel):
 
 @patch
 @contextmanager
-def packed(self:PackedModel):
+def packed(self:PackedModel,
+    quick=True, # whether linear layers may use oneDNN
+):
     "The model with packed attention switched on."
     from transformers import AttentionInterface
     AttentionInterface.register('genai_lab_packed', packed_attention)
     with self.quiet():
         before = self.net.config._attn_implementation
         self.net.set_attn_implementation('genai_lab_packed')
-        try: yield self
+        try:
+            with quick_linears(self.net) if quick else nullcontext(): yield self
         finally: self.net.set_attn_implementation(before)
 
 # %% ../nbs/02_scoring.ipynb #07211afa
@@ -660,7 +699,7 @@ def repair(self:Walk,
 def _walk(self:Scorer, job, tokens, rows):
     "Score a job with packed runs."
     lo, n, counted = 0, len(job.tree), 0
-    with self.packed.packed():
+    with self.packed.packed(quick=job.sizes.max() <= 512):
         walk = Walk(self.packed, job.tree, self.group)
         while lo < n:
             hi = run_end(job.slots, lo, n, tokens, rows)
