@@ -295,10 +295,13 @@ def __call__(self:TreeRun, q, k, v, scale, window=None, softcap=None):
     self.layer += 1
     out = q.new_empty(1, self.n, q.shape[1], v.shape[-1])
     for g in self.groups:
-        m = g.kept + g.n
-        K[:, g.kept:m], V[:, g.kept:m] = k[0][:, g.fresh], v[0][:, g.fresh]
-        self.seen(g, K[:, :m], V[:, :m])
-        out[0, g.start:g.stop] = attend(q[0, :, g.start:g.stop], K[:, :m], V[:, :m], self.mask(g, q.dtype, window), scale, softcap)
+        keys, values = k[0][:, g.fresh], v[0][:, g.fresh]
+        if g.kept:
+            m = g.kept + g.n
+            K[:, g.kept:m], V[:, g.kept:m] = keys, values
+            keys, values = K[:, :m], V[:, :m]
+        self.seen(g, keys, values)
+        out[0, g.start:g.stop] = attend(q[0, :, g.start:g.stop], keys, values, self.mask(g, q.dtype, window), scale, softcap)
     if self.keep is not None:
         kept = k[0][:, self.keep]
         at = slice(self.keep_from, self.keep_from + kept.shape[1])
@@ -529,7 +532,7 @@ class Scorer:
         self.window = context_window(model, tokenizer, context_length)
         self.batch_tokens = batch_tokens or (4096 if self.packed.device.type == 'cuda' else 1024)
         self.memory = memory_budget(self.packed.device, memory_mb)
-        self.group = 512 if self.packed.device.type == 'cuda' else 128
+        self.group = 512 if self.packed.device.type == 'cuda' else 48
         self.stats = self.total = EngineStats()
 
     def note(self, text):
