@@ -69,22 +69,92 @@ def seconds(
     return 3600 * h + 60 * m + s
 
 # %% ../nbs/90_cli.ipynb #19a071df
-@app.command(epilog='Exit codes: 0 finished, 1 a cell failed, 2 wrong input or no record, 124 time-out, 130 Ctrl-C, 137 the kernel died, 143 terminated.')
+_run_codes = 'Exit codes: 0 finished, 1 a cell failed, 2 wrong input or no record, 124 time-out, 130 Ctrl-C, 137 the kernel died, 143 terminated.'
+
+@app.command(epilog=_run_codes)
 def run(
-    notebook: Annotated[Path, Argument(help='The notebook; its cell tagged "parameters" holds the defaults.', show_default=False)], # Path of the notebook
+    notebook: Annotated[Optional[Path], Argument(help='The notebook; its cell tagged "parameters" holds the defaults.', show_default=False)] = None, # Path of the notebook
     p: Annotated[Optional[list[str]], Option('-p', '--param', metavar='NAME=VALUE', help='Set a parameter; may be repeated. Text is taken as it is; lists and objects are JSON.')] = None, # list of 'name=value'
     f: Annotated[Optional[Path], Option('-f', '--params-file', metavar='FILE', help='Parameters from a YAML file; -p wins over it.')] = None, # Path of a YAML file
     name: Annotated[str, Option('--name', help='Name of the run in MLflow.', show_default='notebook and parameters')] = '', # of the run
     timeout: Annotated[str, Option('--timeout', metavar='TIME', help='End the run after this time: 90, 15m, 2h; 0: never.', show_default='run_timeout of settings.ini')] = '', # a duration, see `seconds`
     output: Annotated[Optional[Path], Option('--output', metavar='DIR', help='Copy all files of the run to this folder.')] = None, # made where it is missing
     kernel: Annotated[str, Option('--kernel', help='Kernel to run in.', show_default="the notebook's")] = '', # name of a kernel specification
+    g: Annotated[Optional[list[str]], Option('-g', '--axis', metavar='NAME=A,B,…', help='Run once for each value; several of these make all combinations.')] = None, # list of 'name=a,b'
+    grid: Annotated[Optional[Path], Option('--grid', metavar='FILE', help='Run the grid that a YAML file describes.')] = None, # Path of a YAML file
+    workers: Annotated[int, Option('--workers', metavar='N', min=0, help='Notebooks at a time, in a grid.', show_default='one a GPU place, or one for every two cores')] = 0,
+    gpus: Annotated[str, Option('--gpus', metavar='all|none|0,1', help='GPUs for a grid.', show_default='all, where there are any')] = '',
+    per_gpu: Annotated[int, Option('--per-gpu', metavar='K', min=1, help='Notebooks on one GPU at a time.')] = 1,
+    threads: Annotated[int, Option('--threads', metavar='N', min=0, help='Processor threads for each notebook of a grid.', show_default='an equal share')] = 0,
+    resume: Annotated[bool, Option('--resume', help='Skip what has finished with the same code, parameters, inputs and library.')] = False,
+    retries: Annotated[int, Option('--retries', metavar='N', min=0, help='Further attempts when a kernel, a worker or a connection dies.')] = 1,
+    max_failures: Annotated[int, Option('--max-failures', metavar='N', min=0, help='Start nothing more after so many failed cells; 0: go on.')] = 0,
+    memory: Annotated[float, Option('--memory', metavar='GIB', min=0, help='What a run of the grid is expected to take.', show_default='learnt from earlier runs')] = 0,
+    dry_run: Annotated[bool, Option('--dry-run', help='Show the runs of the grid and what they will probably cost, and stop.')] = False,
+    yes: Annotated[bool, Option('--yes', help='Run a very large grid without asking.')] = False,
+    on: Annotated[str, Option('--on', metavar='ray', help='Run the grid on a Ray cluster.', show_default='this machine')] = '',
+    address: Annotated[str, Option('--address', help='Of the Ray cluster.', show_default='what Ray finds')] = '',
+    as_json: Annotated[bool, Option('--json', help='Print a JSON summary instead of text.')] = False,
 ):
-    "Run a notebook with parameters and record it in MLflow."
+    "Run a notebook with parameters, or a grid of them, and record it in MLflow."
+    from genai_lab.core import LabError
+    limit, params = seconds(timeout) if timeout else None, (f, p or [])
+    if on not in ('', 'ray'): raise LabError(f'--on {on}: only "ray" is known')
+    if g or grid or resume or dry_run:
+        if output: raise LabError('--output is for a single run; the files of a grid are in MLflow')
+        plan = _planned(notebook, grid, g or [], params, yes)
+        if dry_run: return _show_plan(plan, workers)
+        how = dict(workers=workers, gpus=gpus, per_gpu=per_gpu, threads=threads, timeout=limit, retries=retries, max_failures=max_failures, resume=resume, memory=int(memory * 2**30), kernel=kernel)
+        return _run_grid(plan, how, on, address, as_json)
+    if notebook is None: raise LabError('name a notebook, or a grid file with --grid')
+    _run_one(notebook, params, dict(name=name, timeout=limit, output=output, kernel=kernel), as_json)
+
+# %% ../nbs/90_cli.ipynb #f125d8d4
+def _run_one(notebook, params, how, as_json):
+    "Run one notebook and end with its exit code."
     from genai_lab.experiments import run_notebook, show_progress
     from genai_lab.notebooks import read_params, split_pairs
+    file, pairs = params
     with show_progress(notebook.stem) as show:
-        result = run_notebook(notebook, read_params(f) if f else None, name, seconds(timeout) if timeout else None, split_pairs(p or []), output, kernel, show)
-    report(result)
+        result = run_notebook(notebook, read_params(file) if file else None, texts=split_pairs(pairs), on_event=show, **how)
+    typer.echo(_json(result.to_dict())) if as_json else report(result)
+    raise typer.Exit(result.exit_code)
+
+def _json(d):
+    import json
+    return json.dumps(d, indent=1, default=str, ensure_ascii=False)
+
+# %% ../nbs/90_cli.ipynb #08e1d114
+def _planned(notebook, grid, axes, params, yes):
+    "The grid that was asked for."
+    from genai_lab.core import LabError
+    from genai_lab.grids import axes_grid, read_grid
+    from genai_lab.notebooks import read_params, split_pairs
+    given, texts = read_params(params[0]) if params[0] else {}, split_pairs(params[1])
+    if grid and (notebook or axes): raise LabError('give either a notebook with -g, or --grid FILE, not both')
+    if grid: return read_grid(grid, given, texts, yes=yes)
+    if notebook is None: raise LabError('name a notebook, or a grid file with --grid')
+    return axes_grid(notebook, axes, given, texts, yes=yes)
+
+def _show_plan(plan, workers):
+    "Print the table of runs and the estimate."
+    from genai_lab.experiments import text_columns
+    from genai_lab.grids import dry_run_table, history
+    from genai_lab.scheduler import make_slots
+    from genai_lab.tracking import connect
+    columns, rows, line = dry_run_table(plan, history(connect(), plan.cells), workers or len(make_slots(gpus='none')))
+    typer.echo('\n'.join([*text_columns(columns, rows), '', line]))
+
+# %% ../nbs/90_cli.ipynb #330df06b
+def _run_grid(plan, how, on, address, as_json):
+    "Run a grid and end with its exit code."
+    from genai_lab.scheduler import run_grid, show_board
+    pool = None
+    if on == 'ray':
+        from genai_lab.cluster import RayPool
+        pool = RayPool(address, how)
+    with show_board() as view: result = run_grid(plan, **how, pool=pool, view=view)
+    typer.echo(_json(result.to_dict()) if as_json else f'\n{result}')
     raise typer.Exit(result.exit_code)
 
 # %% ../nbs/90_cli.ipynb #b13452a6

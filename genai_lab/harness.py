@@ -217,6 +217,7 @@ class TaskConfig(_Part):
     should_decontaminate: bool = False
     doc_to_decontamination_query: str | None = None
     unsafe_code: Literal[False] = False
+    truncate: Literal['', 'left'] = ''   # a key of ours: cut prompts that are too long, where otherwise they fail
     metadata: Any = None
 
 # %% ../nbs/14_harness.ipynb #5b3a23bf
@@ -935,7 +936,7 @@ def build_task(
     pool, examples = _examples(file, config, splits) if shots else ([], '')
     few_split, columns = config.fewshot_config.split or config.fewshot_split, tuple(data.features)
     where = dict(splits={k: len(v) for k, v in splits.items()}, columns=columns, questions=f'split {questions}', examples=f'split {examples}' if examples else 'the file itself')
-    return HarnessTask(config.task, pd.DataFrame(docs, columns=list(columns)), output=output, metrics=[u.name for u in uses], slices=slices, config=config, file=file, docs=docs, pool=pool, shots=shots,
+    return HarnessTask(config.task, pd.DataFrame(docs, columns=list(columns)), output=output, metrics=[u.name for u in uses], slices=slices, truncate=config.truncate, config=config, file=file, docs=docs, pool=pool, shots=shots,
         excluding=bool(shots) and few_split == config.test_split, apart=examples != questions,
         words=_worded(file, config, columns), shot_words=_worded(file, config, columns, shots=True), uses=uses, filters=pipes, shot_seed=seed,
         chat=chat, multiturn=multiturn, system=system, overlap=allow_overlap, sources=where, notes=(*notes, *_notes(config, output)))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['Score', 'failed', 'EngineStats', 'prefix_token', 'encode', 'encode_pairs', 'PrefixTree', 'prefix_tree', 'visible',
-           'Unsupported', 'packed_attention', 'PathCache', 'group_starts', 'Group', 'TreeRun', 'attend', 'PackedModel',
-           'fast_linear', 'quick_linears', 'context_window', 'memory_budget', 'Scorer', 'Job', 'out_of_memory',
-           'run_end', 'Walk', 'rolling_windows']
+           'cut_left', 'Unsupported', 'packed_attention', 'PathCache', 'group_starts', 'Group', 'TreeRun', 'attend',
+           'PackedModel', 'fast_linear', 'quick_linears', 'context_window', 'memory_budget', 'Scorer', 'Job',
+           'out_of_memory', 'run_end', 'Walk', 'rolling_windows']
 
 # %% ../nbs/02_scoring.ipynb #3626fbea
 import math, threading, time, warnings
@@ -162,6 +162,21 @@ def visible(
     q, k = np.asarray(queries)[:, None], np.asarray(keys)[None, :]
     see = (k <= q) & (q < tree.end[k])
     return see if window is None else see & (tree.depth[q] - tree.depth[k] < window)
+
+# %% ../nbs/02_scoring.ipynb #1533c857
+def cut_left(
+    tokenizer, # of transformers
+    text,      # str
+    room,      # tokens that there is room for, at least 1
+): # str
+    "The longest end of a text that has at most `room` tokens: what is left when a context is cut on the left."
+    count = lambda t: len(tokenizer(t, add_special_tokens=False)['input_ids'])
+    ids = tokenizer(text, add_special_tokens=False)['input_ids']
+    if len(ids) <= room: return text
+    end = tokenizer.decode(ids[-room:], skip_special_tokens=False, clean_up_tokenization_spaces=False)
+    end = text[-len(end):] if text.endswith(end) else end.lstrip('\ufffd')   # a cut through a character leaves a mark, which goes
+    while count(end) > room: end = end[1:]
+    return end
 
 # %% ../nbs/02_scoring.ipynb #c59537fe
 _active = ContextVar('genai_lab_attention')

@@ -53,6 +53,7 @@ class Task:
     max_tokens: int = 64            # of a generated answer
     extract: Callable | None = None # turns a generated text into the prediction; None: the text without surrounding space
     slices: tuple = ()              # columns that results can be broken down by
+    truncate: str = ''              # 'left': cut prompts that are too long for the model on the left; '': such samples fail with their reason
 
     def __post_init__(self):
         for k in ('choices', 'metrics', 'stop', 'slices'):
@@ -67,6 +68,7 @@ class Task:
 @patch
 def _check(self: Task):
     if self.output not in outputs: raise LabError(f'{self.where}: output "{self.output}" is not known; accepted: {", ".join(outputs)}.{closest(self.output, outputs)}')
+    if self.truncate not in ('', 'left'): raise LabError(f'{self.where}: truncate "{self.truncate}" is not known; accepted: left, or nothing')
     if not len(self.data): raise LabError(f'{self.where} has no rows')
     self._check_columns()
     if self.target and self.data[self.target].isna().all(): raise LabError(f'{self.where}: the column "{self.target}" is empty')
@@ -110,7 +112,7 @@ def data_fingerprint(self: Task): return fingerprint(dict(data=self.data, target
 def fingerprint(self: Task):
     from genai_lab import core
     return core.fingerprint(dict(data=self.data_fingerprint, output=self.output, choices=list(self.choices), stop=list(self.stop), max_tokens=self.max_tokens,
-                                 extract=_source(self.extract)))
+                                 extract=_source(self.extract), **({'truncate': self.truncate} if self.truncate else {})))
 
 # %% ../nbs/12_tasks.ipynb #0bbe192c
 def _source(f):

@@ -68,6 +68,17 @@ def test_generated_answers(model):
     assert e.n.failed == 0 and e.samples.finish.isin(['stop', 'length']).all() and (e.samples.completion_tokens <= 6).all()
 
 
+def test_a_task_may_say_that_long_prompts_are_cut_on_the_left(model):
+    long = 'milk ' * 9000 + 'The opposite of hot is'
+    t = Task('cut', pd.DataFrame(dict(text=['The opposite of hot is', long], a=['cold', 'cold'])), Prompt('{{ text }}'), 'a', choices=['cold', 'tall'], metrics=['accuracy'], truncate='left')
+    e = evaluate(t, model, chat=False, progress=False)
+    assert e.n.failed == 0 and e.samples.prediction.tolist() == ['cold', 'cold']
+    kept = e.samples.prompt[1]
+    assert long.endswith(kept) and 8185 <= model.count_tokens(kept) < 8192
+    assert t.fingerprint != replace(t, truncate='').fingerprint
+    with pytest.raises(LabError, match='truncate "right" is not known'): replace(t, truncate='right')
+
+
 def test_perplexity_of_texts(model):
     t = Task('texts', pd.DataFrame(dict(text=['The cat sat on the mat.', 'mat the on sat cat The.'])), Prompt('{{ text }}'), output='perplexity')
     e = evaluate(t, model)

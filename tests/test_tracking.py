@@ -13,9 +13,14 @@ import pytest
 
 from genai_lab import tracking
 from genai_lab.core import LabError
-from genai_lab.tracking import Spool, check_store, connect, kernel_parameters, open_record, start_run, tracking_uri, write_parquet
+from genai_lab.tracking import Spool, all_spools, check_store, connect, kernel_parameters, open_record, start_run, tracking_uri, write_parquet
 
 notebooks = Path(__file__).parent / 'notebooks'
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv('GENAI_LAB_CACHE_DIR', str(tmp_path / 'cache'))
 
 
 def runs(*names):
@@ -131,7 +136,7 @@ def test_sending_twice_changes_nothing_and_large_portions_arrive(mlflow_home, tm
     record.spool.add(metrics=[['loss', 1 / (i + 1), i, i] for i in range(2500)], params={f'p{i}': 'v' for i in range(230)}, tags={f't{i}': 'v' for i in range(130)})
     record.spool.add(params=dict(long='x' * 7000))
     record.send()
-    record.sent = 0
+    record.spool.sent = 0
     record.send()
     got = record.client.get_run(record.id).data
     assert len(record.client.get_metric_history(record.id, 'loss')) == 2500
@@ -216,14 +221,12 @@ def test_a_notebook_that_breaks_off_is_not_taken_for_finished(mlflow_home, tmp_p
     assert left.data.params == dict(n='5') and left.data.metrics == dict(seen=5)
 
 
-def test_nothing_is_left_in_the_temporary_folder(mlflow_home, tmp_path, monkeypatch):
-    import tempfile
-    (tmp_path / 'tmp').mkdir()
-    monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path / 'tmp'))
+def test_nothing_is_left_when_everything_was_sent(mlflow_home, tmp_path):
     run = start_run('tidy', dict(n=1))
+    assert [p.folder for p in all_spools()] == [run.spool.folder]
     run.log_text('x', 'x.txt')
     run.finish()
-    assert not list((tmp_path / 'tmp').glob('genai_lab-*'))
+    assert not list((tmp_path / 'cache' / 'spool').iterdir())
 
 
 def test_a_lost_store_keeps_what_was_said(mlflow_home, tmp_path, monkeypatch):
