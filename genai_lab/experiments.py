@@ -536,12 +536,12 @@ def _open(self:Job):
     "Open the run in MLflow (in a thread)."
     self.origin = {**provenance(), **{f'git.{k}': v for k, v in git_state(self.path.resolve().parent).items()}}
     tags = {**self.origin, **self.tags, 'seed': str(self.known.get('seed', self.s.lab.seed)), 'launcher': 'genai-lab run', 'run_dir': str(self.folder),
-            'fingerprint.notebook': notebook_fingerprint(self.nb), 'fingerprint.params': params_fingerprint(self.known), 'fingerprint.library': library_fingerprint(), 'mlflow.source.name': str(self.path), 'mlflow.source.type': 'NOTEBOOK'}
+            'fingerprint.notebook': notebook_fingerprint(self.nb), 'fingerprint.params': params_fingerprint(self.known), 'fingerprint.library': library_fingerprint(), 'mlflow.source.name': str(self.path), 'notebook.path': str(self.path.resolve()), 'mlflow.source.type': 'NOTEBOOK'}
     safe = {k: v if isinstance(v, str) else str(v) for k, v in redact_values(self.known).items()}
     try:
         self.record = open_record(self.experiment, self.name, tags, self.spool, self.s)
         self.spool.add(params=safe)
-        if self.origin.get('git.dirty') == 'true': self._add('code.patch', git_patch(self.path.resolve().parent))
+        if patch := git_patch(self.path.resolve().parent): self._add('code.patch', patch)
         self.record.send()
     except BaseException as e: self.error = e
 

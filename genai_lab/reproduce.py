@@ -67,7 +67,7 @@ def files(self:Past):
         root = local_path(self.run.info.artifact_uri)
         if why := self.gone(): raise LabError(why)
         self.fetched.mkdir(parents=True, exist_ok=True)
-        with tracking_errors(self.run.info.artifact_uri): self._files = {n: root/n if root else Path(self.client.download_artifacts(self.id, n, str(self.fetched))) for n in sorted(self._names())}
+        with tracking_errors(self.run.info.artifact_uri), _environment(MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR='false'): self._files = {n: root/n if root else Path(self.client.download_artifacts(self.id, n, str(self.fetched))) for n in sorted(self._names())}
     return self._files
 
 # %% ../nbs/38_reproduce.ipynb #d8d0656f
@@ -99,7 +99,9 @@ def as_written(
 
 # %% ../nbs/38_reproduce.ipynb #78c80f8c
 @patch(as_prop=True)
-def source(self:Past): return self.tags.get('notebook.path') or self.tags.get('mlflow.source.name', '')
+def source(self:Past):
+    "The path of the notebook, as it was given."
+    return self.tags.get('notebook.path') or self.tags.get('mlflow.source.name', '')
 
 @patch(as_prop=True)
 def executed(self:Past):
@@ -109,7 +111,9 @@ def executed(self:Past):
     return read_notebook(self.files[mine[0]]) if mine else None
 
 @patch(as_prop=True)
-def notebook(self:Past): return as_written(self.executed) if self.executed else None
+def notebook(self:Past):
+    "The notebook as it was before it ran; None where none is attached."
+    return as_written(self.executed) if self.executed else None
 
 # %% ../nbs/38_reproduce.ipynb #aeeb07be
 @patch
@@ -123,9 +127,14 @@ def given(self:Past,
     return {k: values[k] for k, p in known.items() if p.literal and k in values and values[k] != p.default}
 
 @patch(as_prop=True)
-def inputs(self:Past): return self._json('inputs.json', [])
+def inputs(self:Past):
+    "What the run has read, see `core.inputs`."
+    return self._json('inputs.json', [])
+
 @patch(as_prop=True)
-def changes(self:Past): return self.files['code.patch'].read_bytes().decode('utf-8', 'replace') if 'code.patch' in self.files else ''
+def changes(self:Past):
+    "The patch of a run that was made with changes on top of its commit."
+    return self.files['code.patch'].read_bytes().decode('utf-8', 'replace') if 'code.patch' in self.files else ''
 
 # %% ../nbs/38_reproduce.ipynb #6b5c2a3a
 @patch
@@ -434,7 +443,8 @@ def headline(self:Reproduction):
     short, total = self.run_id[:8], sum(c.n for c in self.compared)
     if self.verdict == 'failed': return f'Run {short} could not be reproduced: {self.result.reason}'
     worst = max(self.compared, key=lambda c: c.worst, default=None)
-    if self.verdict == 'identical': return f'Run {short} was reproduced identically, bit for bit: {plural(self.compared[0].n, "value")} of metrics and {plural(total - self.compared[0].n, "value")} in {plural(len(self.compared) - 1, "file")} of samples.'
+    files = f' and {plural(total - self.compared[0].n, "value")} in {plural(len(self.compared) - 1, "file")} of samples' if len(self.compared) > 1 else ''
+    if self.verdict == 'identical': return f'Run {short} was reproduced identically, bit for bit: {plural(self.compared[0].n, "value")} of metrics{files}.'
     if self.changed and worst.worst < 2: return f'Run {short} was repeated with other inputs, so it was not reproduced: {self.changed[0]}.'
     off = sum(c.close + c.other for c in self.compared)
     how = f'was reproduced within the tolerance of {self.rtol:g}, not bit for bit' if self.verdict == 'within tolerance' else 'was not reproduced'

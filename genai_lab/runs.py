@@ -240,9 +240,16 @@ def _end_processes(runs):
     mine = {os.getpid(), *(p.pid for p in psutil.Process().parents())}
     workers = [psutil.Process(int(t['pid'])) for t in tags if is_alive(t['pid'], t.get('pid.started')) and int(t['pid']) not in mine]
     left = workers + list(_marked({t['run_dir'] for t in tags if t.get('run_dir')}))
-    for p in left:
-        with suppress(psutil.Error): p.kill()
-    psutil.wait_procs(left, timeout=5)
+    deadline = time.monotonic() + 5
+    while (left := [p for p in left if _runs(p)]) and time.monotonic() < deadline:
+        for p in left:
+            with suppress(psutil.Error): p.kill()
+        time.sleep(.05)
+
+def _runs(p):
+    "Whether a process still runs; one that was killed may stay in the list until somebody asks for its end."
+    try: return p.is_running() and p.status() != psutil.STATUS_ZOMBIE
+    except psutil.Error: return False
 
 # %% ../nbs/36_runs.ipynb #f9901ed6
 def _settle(spool, s, why='the runner died'):

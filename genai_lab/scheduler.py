@@ -86,7 +86,8 @@ class State:
     "What has become of one cell."
     cell: object             # Cell
     status: str = 'waiting'  # waiting, running, finished, failed, skipped, or done: finished by an earlier command
-    reason: str = ''         # why it failed, was skipped, or counts as done or not
+    reason: str = ''         # why it failed or was skipped, or why it had to be tried again
+    looked: str = ''         # with `resume`: why it counts as done or not
     run_id: str = ''
     params: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
@@ -370,14 +371,15 @@ def _next(self:Scheduler):
 @patch
 def _start(self:Scheduler):
     "Start what can start."
-    for w in self.pool.free():
-        if self.why_stop: return
+    free = self.pool.free()
+    while free and not self.why_stop:
         s = self._next()
-        while s is None and len(self.of('running')) < len(self.pool.workers) and (more := self.grid.more(1)):
+        if s is None:
+            more = self.grid.more(1)
+            if not more: return
             self.states |= {c.index: State(c) for c in more}
-            s = self._next()
-        if s is None or not fits(self._need(s), [(self._need(r), r.memory) for r in self.running], self.pool.available()): return
-        self._launch(w, s)
+        elif not fits(self._need(s), [(self._need(r), r.memory) for r in self.running], self.pool.available()): return
+        elif self._launch(free[0], s): free.pop(0)
 
 @patch
 def _skip(self:Scheduler, s, why):
@@ -387,17 +389,18 @@ def _skip(self:Scheduler, s, why):
 # %% ../nbs/37_scheduler.ipynb #c956e8ca
 @patch
 def _launch(self:Scheduler, w, s):
-    "Give a cell to a worker, unless it is done already."
+    "Give a cell to a worker, unless it is done already; says whether the worker has got it."
     nb = self.parent.nbs[s.cell.path]
     try: s.params = self.grid.resolve(s.cell, self.states)
-    except LabError as e: return self._over(s, 'failed', str(e))
-    if self.resume and self._was_done(s, nb): return
+    except LabError as e: self._over(s, 'failed', str(e)); return False
+    if self.resume and self._was_done(s, nb): return False
     s.status, s.slot, s.began, s.attempts, s.run_id, s.run_dir = 'running', getattr(w, 'slot', None), time.monotonic(), s.attempts + 1, '', ''
     name = f'{s.cell.path.stem} {cell_label(s.params)}'.strip()
     tags = self.parent.tags | {'grid.cell': str(s.cell.index), 'grid.step': s.cell.step, 'grid.cell.key': s.cell.key, 'attempt': str(s.attempts)}
     job = dict(path=str(s.cell.path.resolve()), snapshot=str(self.parent.snapshots[s.cell.path]), params=s.params, name=name, timeout=self.timeout, kernel=self.kernel, tags=tags, env={})
     w.give(s, self.pool.job(w, job))
     self.view('start', s, self)
+    return True
 
 # %% ../nbs/37_scheduler.ipynb #7d219a86
 @patch
@@ -407,11 +410,11 @@ def _was_done(self:Scheduler, s, nb):
     if name not in self.ids:
         found = client.get_experiment_by_name(name)
         self.ids[name] = found and found.experiment_id
-    if self.ids[name] is None: run, s.reason = None, 'no run of this notebook is known'
-    else: run, s.reason = already_done(client, self.ids[name], nb, all_params(nb, s.params))
+    if self.ids[name] is None: run, s.looked = None, 'no run of this notebook is known'
+    else: run, s.looked = already_done(client, self.ids[name], nb, all_params(nb, s.params))
     if run is None: return False
     self._recall(s, run)
-    self._over(s, 'done', s.reason)
+    self._over(s, 'done', s.looked)
     return True
 
 @patch
@@ -525,7 +528,7 @@ def run(self:Scheduler): # GridResult
         finally: self.pool.close()
     for s in self.of('waiting'): s.status, s.reason = 'skipped', self.why_stop and f'not started: {self.why_stop}' or s.reason
     self.view('close', None, self)
-    return GridResult(self.grid.name, list(self.states.values()), time.monotonic() - self.began, self.parent.record.id, self.why_stop)
+    return GridResult(self.grid.name, list(self.states.values()), time.monotonic() - self.began, self.parent.record.id, self.why_stop, list(self.grid.notes))
 
 @patch
 def _wait(self:Scheduler):
@@ -546,6 +549,7 @@ class GridResult:
     seconds: float
     run_id: str      # of the parent run
     stopped: str = ''# why nothing more was started, where that was so
+    notes: list = () # sentences, such as why a search ended early
 
     def counts(self): return {k: sum(s.status == k for s in self.states) for k in ('finished', 'done', 'failed', 'skipped')}
     @property
@@ -562,22 +566,22 @@ class GridResult:
 @patch
 def to_frame(self:GridResult):
     "One row a cell: status, reason, parameters, metrics."
-    return summary_frame([dict(index=s.cell.index, step=s.cell.step, notebook=s.cell.path.name, params=redact_values(s.params or s.cell.params), status=s.status, reason=s.reason, seconds=s.seconds, memory=s.memory,
+    return summary_frame([dict(index=s.cell.index, step=s.cell.step, notebook=s.cell.path.name, params=redact_values(s.params or s.cell.params), status=s.status, reason=s.reason or s.looked, seconds=s.seconds, memory=s.memory,
                                attempts=s.attempts, metrics=s.metrics, run_id=s.run_id, verdict=s.verdict) for s in self.states])
 
 @patch
 def to_dict(self:GridResult):
     "The summary that `--json` prints."
-    return dict(grid=self.name, run_id=self.run_id, seconds=round(self.seconds, 1), stopped=self.stopped, exit_code=self.exit_code, **self.counts(),
-                runs=[dict(cell=s.cell.index, step=s.cell.step, params=redact_values(s.params or s.cell.params), status=s.status, reason=s.reason, run_id=s.run_id, seconds=round(s.seconds, 1), attempts=s.attempts, metrics=s.metrics) for s in self.states])
+    return dict(grid=self.name, run_id=self.run_id, seconds=round(self.seconds, 1), stopped=self.stopped, exit_code=self.exit_code, notes=list(self.notes), **self.counts(),
+                runs=[dict(cell=s.cell.index, step=s.cell.step, params=redact_values(s.params or s.cell.params), status=s.status, reason=s.reason or s.looked, run_id=s.run_id, seconds=round(s.seconds, 1), attempts=s.attempts, metrics=s.metrics) for s in self.states])
 
 # %% ../nbs/37_scheduler.ipynb #4f09a328
 @patch
 def __str__(self:GridResult):
     "Failures first, then the rest."
     order = {k: i for i, k in enumerate(('failed', 'skipped', 'finished', 'done'))}
-    rows = [[str(s.cell.index), s.status, s.label[:60], clock(s.seconds), (s.reason if not s.good else s.verdict).splitlines()[0][:80] if (s.reason or s.verdict) else ''] for s in sorted(self.states, key=lambda s: (order[s.status], s.cell.index))]
-    return '\n'.join([*text_columns(['cell', 'status', 'parameters', 'time', 'result'], rows[:50]), *([f'… and {len(rows) - 50} more'] if len(rows) > 50 else []), '', self.headline()])
+    rows = [[str(s.cell.index), s.status, s.label[:60], clock(s.seconds), ((s.verdict if s.good else '') or s.reason or s.looked).partition('\n')[0][:80]] for s in sorted(self.states, key=lambda s: (order[s.status], s.cell.index))]
+    return '\n'.join([*text_columns(['cell', 'status', 'parameters', 'time', 'result'], rows[:50]), *([f'… and {len(rows) - 50} more'] if len(rows) > 50 else []), *(f'note: {n}' for n in self.notes), '', self.headline()])
 
 @patch
 def _repr_html_(self:GridResult): return f'<p><strong>{html.escape(self.headline())}</strong></p>{show_frame(self.to_frame())}'
@@ -609,7 +613,7 @@ class PlainBoard:
     ): self.out, self.minute, self.before = out, 0, -1
 
     def __call__(self, kind, s, sched):
-        if kind == 'start': self.say(sched, f'cell {s.cell.index} started  {s.label[:80]}' + (f'  ({s.slot})' if s.slot else ''))
+        if kind == 'start': self.say(sched, f'cell {s.cell.index} started  {s.label[:80]}' + (f'  ({s.slot})' if s.slot else '') + (f': {s.looked}' if s.looked else ''))
         elif kind == 'end': self.say(sched, f'cell {s.cell.index} {s.status}' + (f': {s.reason.splitlines()[0][:160]}' if s.reason else f' in {clock(s.seconds)}'))
         elif kind == 'retry': self.say(sched, f'cell {s.cell.index} will be tried again: {s.reason}')
         elif kind == 'stop': self.say(sched, 'stopping now' if sched.asked >= 2 else 'finishing what runs, starting nothing more; Ctrl-C again stops now')
@@ -669,7 +673,8 @@ def run_grid(
     "Run all cells of a grid and record them below one parent run."
     reap()
     parent = Parent(grid, resume=resume)
-    known = {c.path: (e.seconds, e.memory) for c, e in zip(grid.cells, history(parent.client, grid.cells)) if e is not None}
+    cells = [*grid.cells, *(p.cell for p in grid.pending)]
+    known = {c.path: (e.seconds, e.memory) for c, e in zip(cells, history(parent.client, grid)) if e is not None}
     sched = Scheduler(grid, pool or LocalPool(make_slots(workers, gpus, per_gpu, threads)), parent, view, timeout, retries, max_failures, resume, memory, kernel, known)
     result = sched.run()
     parent.close(result, result.status)

@@ -93,14 +93,15 @@ def less_is_better(
 # %% ../nbs/35_summaries.ipynb #c4c767aa
 def _is_seed(name): return bool(re.search(r'(^|[._])seed$', name))
 def _is_number(s): return pd.api.types.is_numeric_dtype(s) and not pd.api.types.is_bool_dtype(s)
-def _levels(s): return s.astype(object).where(s.notna(), None).map(lambda v: '–' if v is None else v)
+def _levels(s): return ['–' if v is None or v != v else v for v in s.astype(object)]   # values of a column; a dash where there is none
+def _keys(s): return [repr(v) for v in _levels(s)]                                     # True, 1 and '1' are three values
 
 def factors(
     frame, # rows of one step
 ): # list of parameters that were varied, seeds left out
     "The parameters that have more than one value."
     def counts(p):
-        k = _levels(frame[p]).nunique()
+        k = len(set(_keys(frame[p])))
         return k > 1 and not _is_seed(p) and (_is_number(frame[p]) or k <= 12 or k <= len(frame) / 2)
     return [p for p in frame.attrs['params'] if p in frame and counts(p)]
 
@@ -123,10 +124,8 @@ class Study:
     def sign(self): return -1 if self.lower else 1
 
 # %% ../nbs/35_summaries.ipynb #7c87664b
-def _setting(rows, metric):
-    "Value, interval and so on of the cells that share a setting."
-    v = rows[metric].to_numpy(float)
-    low, high, n = (rows[f'{metric}.{k}'].to_numpy(float) if f'{metric}.{k}' in rows else np.full(len(v), np.nan) for k in ('low', 'high', 'n'))
+def _setting(v, low, high, n):
+    "Value, interval and so on of the cells that share a setting, from arrays of theirs."
     value, m = v.mean(), len(v)
     if m == 1: return dict(value=value, low=low[0], high=high[0], samples=n[0], runs=1, se=(high[0] - low[0]) / 3.92)
     half = np.nanmax([_t(.975, m - 1) * v.std(ddof=1) / math.sqrt(m), np.mean(high - low) / 2])
@@ -152,8 +151,11 @@ def study(
     good = over[np.isfinite(over[metric])] if metric else over[:0]
     used = factors(good) if len(good) else []
     names = {p: f'params.{p}' if p in _columns else p for p in used}
-    groups = good.groupby([_levels(good[p]).map(repr) for p in used], sort=False) if used else [((), good)] if len(good) else []
-    cells = pd.DataFrame([{names[p]: _levels(g[p]).iloc[0] for p in used} | dict(cell=g.cell.iloc[0]) | _setting(g, metric) for _, g in groups], columns=[*names.values(), *_columns[:7]])
+    parts = {}
+    for i, key in enumerate(zip(*(_keys(good[p]) for p in used)) if used else [()] * len(good)): parts.setdefault(key, []).append(i)
+    numbers = [good[c].to_numpy(float) if c in good else np.full(len(good), np.nan) for c in (metric, f'{metric}.low', f'{metric}.high', f'{metric}.n')]
+    values = {names[p]: _levels(good[p]) for p in used} | dict(cell=good.cell.tolist())
+    cells = pd.DataFrame([{k: v[at[0]] for k, v in values.items()} | _setting(*(x[at] for x in numbers)) for at in parts.values()], columns=[*names.values(), *_columns[:7]])
     return Study(cells, metric, less_is_better(metric) if lower is None else lower, list(names.values()), step, why, len(rows) - len(over), len(over) - len(good))
 
 _columns = ['cell', 'value', 'low', 'high', 'samples', 'runs', 'se', 'low_all', 'high_all', 'behind', 'order']
@@ -170,7 +172,7 @@ def best(self:Study): # DataFrame, best first: with ends of the simultaneous int
     k, top = len(df), df.iloc[0] if len(df) else None
     wide = _z(.025 / max(1, k)) * df.se
     df['low_all'], df['high_all'] = df.value - wide, df.value + wide
-    df['behind'] = [self.sign * (top.value - v) > _z(.025 / max(1, k - 1)) * math.hypot(top.se, se) if math.isfinite(top.se + se) else False for v, se in zip(df.value, df.se)]
+    df['behind'] = [self.sign * (top.value - v) > _z(.025 / max(1, k * (k - 1) // 2)) * math.hypot(top.se, se) if math.isfinite(top.se + se) else False for v, se in zip(df.value, df.se)]
     return df
 
 @patch
@@ -189,7 +191,7 @@ def _of(row, names, most=6): # 'prompt = long, t = 0'
 
 def _text(v, width=40):
     "A value of a parameter as text."
-    t = f'{v:g}' if isinstance(v, (float, np.floating)) and abs(v) < 1e15 else '–' if v is None else ' '.join(str(v).split())
+    t = '–' if v is None or v != v else f'{v:g}' if isinstance(v, (float, np.floating)) and abs(v) < 1e15 else ' '.join(str(v).split())
     return t if len(t) <= width else t[:width - 1] + '…'
 
 def _estimate(row):
@@ -236,8 +238,9 @@ def _coded(s, most=8):
     "Codes, labels and positions of a parameter's values; numbers by size, and in five groups where there are many."
     values = _levels(s)
     if not _is_number(s):
-        names = list(dict.fromkeys(values))
-        return values.map(names.index).to_numpy(), [_text(n, 24) for n in names], None
+        names = dict(zip(map(repr, values), values))
+        order = {k: i for i, k in enumerate(names)}
+        return np.array([order[repr(v)] for v in values]), [_text(v, 24) for v in names.values()], None
     x = s.to_numpy(float)
     if len(set(x)) <= most:
         at, code = np.unique(x, return_inverse=True)
@@ -284,6 +287,8 @@ class Effect:
     balanced: bool      # whether the means are plain ones
 
     @property
+    def known(self): return bool(self.means['mean'].notna().all())   # False where it went along with another parameter
+    @property
     def range(self): return float(self.means['mean'].max() - self.means['mean'].min())
 
 # %% ../nbs/35_summaries.ipynb #f9ddf94d
@@ -324,7 +329,7 @@ def effects(self:Study): # list of Effect, the strongest first
         found.append(Effect(p, means, gain / total if total else 0., math.nan, bool(np.allclose(plain, means['mean'], rtol=1e-6, atol=1e-9))))
         ps.append(_chance(gain, d, noise, df))
     for e, p in zip(found, adjust(ps)): e.p = float(p)
-    return sorted(found, key=lambda e: -e.share)
+    return sorted(found, key=lambda e: (not e.known, -e.share))
 
 # %% ../nbs/35_summaries.ipynb #d5f8d27f
 @dataclass
@@ -386,16 +391,17 @@ def _in_common(frame, rows):
     rest = frame.loc[frame.index.difference(rows.index)]
     rest = rest[rest.status != 'skipped']
     for p in frame.attrs['params']:
-        values = {repr(v) for v in _levels(rows[p])}
-        if len(values) == 1 and len(rest) and values.isdisjoint({repr(v) for v in _levels(rest[p])}): found.append(p)
+        values = set(_keys(rows[p]))
+        if len(values) == 1 and len(rest) and values.isdisjoint(_keys(rest[p])): found.append(p)
     return found
 
 # %% ../nbs/35_summaries.ipynb #1249f79c
 def _pairs_in_common(frame, rows):
     "Two parameters whose values together single these rows out."
     ran = frame[frame.status != 'skipped']
-    for a, b in combinations([p for p in frame.attrs['params'] if _levels(ran[p]).nunique() > 1], 2):
-        key = _levels(ran[a]).map(repr) + _levels(ran[b]).map(repr)
+    keys = {p: pd.Series(_keys(ran[p]), ran.index) for p in frame.attrs['params']}
+    for a, b in combinations([p for p in keys if keys[p].nunique() > 1], 2):
+        key = keys[a] + '\n' + keys[b]
         if key[rows.index].nunique() == 1 and (key == key[rows.index[0]]).sum() == len(rows): return [a, b]
     return []
 
@@ -416,7 +422,8 @@ def failure_groups(
 def _table(columns, rows, about, links=None):
     "A table to look at; `links` are addresses for the last column."
     body = table_html(columns, rows)
-    for text, link in (links or {}).items(): body = body.replace(f'<td>{html.escape(text)}</td>', f'<td><a href="{html.escape(link)}">{html.escape(text)}</a></td>')
+    def linked(m): return f'<td><a href="{html.escape(links[m[1]])}">{m[1]}</a></td>' if m[1] in links else m[0]
+    if links: body = re.sub(r'<td>([^<]*)</td>(?=</tr>)', linked, body)
     return Html(body, about)
 
 def _numbers(cells, most=12):
@@ -456,6 +463,7 @@ def best_table(self:Study,
 def effects_table(self:Study): # Html
     "How much each parameter matters."
     def row(e):
+        if not e.known: return [e.parameter, 'cannot be told: it changed together with others', '', '', '', '']
         m = e.means.dropna(subset='mean').sort_values('mean', ascending=self.lower)
         ends = [f'{r.label}: {_digits(r["mean"])}' + (f' [{_digits(r.low)}, {_digits(r.high)}]' if math.isfinite(r.low) else '') for _, r in m.iloc[[0, -1]].iterrows()] if len(m) else ['–', '–']
         return [e.parameter, *ends, _digits(e.range), f'{100 * e.share:.0f}%', p_text(e.p)]
@@ -481,7 +489,7 @@ def _value(row, m):
     low, high = row.get(f'{m}.low', math.nan), row.get(f'{m}.high', math.nan)
     return f'{v:.4g}' if pd.isna(low) else f'{_digits(v)} [{_digits(low)}, {_digits(high)}]'
 
-def _constant(frame): return [p for p in frame.attrs['params'] if frame[p].notna().any() and _levels(frame[p]).map(repr).nunique() == 1]
+def _constant(frame): return [p for p in frame.attrs['params'] if frame[p].notna().any() and len(set(_keys(frame[p]))) == 1]
 
 def runs_table(
     frame,     # rows of one step
@@ -493,7 +501,7 @@ def runs_table(
     others = sorted((m for m in metrics_of(frame) if m != metric and frame[m].notna().any()), key=lambda m: -frame[m].notna().sum())[:3]
     shown = [m for m in (metric, *others) if m]
     short = {r: r[:8] if frame.run_id.str[:8].nunique() == frame.run_id.nunique() else r for r in frame.run_id}
-    rows = [[str(r.cell), r.status, *(_text(r[p]) for p in params), *(_value(r, m) for m in shown), clock(r.seconds), f'{r.memory / 2**20:,.0f}' if r.memory else '–', short[r.run_id]] for _, r in frame.iterrows()]
+    rows = [[str(r['cell']), r['status'], *(_text(r[p]) for p in params), *(_value(r, m) for m in shown), clock(r['seconds']), f'{r["memory"] / 2**20:,.0f}' if r['memory'] else '–', short[r['run_id']]] for r in frame.to_dict('records')]
     links = {short[r.run_id]: u for r in frame.itertuples() if (u := run_link(r.run_id, r.experiment_id, base))}
     same = ', '.join(f'{p} = {_text(frame[p].iloc[0])}' for p in _constant(frame))
     t = _table(['cell', 'status', *params, *shown, 'time', 'MiB', 'run'], rows, plural(len(frame), 'run'), links)
@@ -551,17 +559,17 @@ def _panel(ax, study, e):
     ax.errorbar(m.x[good], m['mean'][good], yerr=[(m['mean'] - m.low)[good], (m.high - m['mean'])[good]], fmt='none', ecolor=colours['main'], elinewidth=3, alpha=.45)
     ax.plot(m.x, m['mean'], 'o', color=colours['main'], ms=8, zorder=4)
     if numeric and _log_scale(x): ax.set_xscale('log')
-    if not numeric or len(m) <= 6 and not _log_scale(x): ax.set_xticks(m.x, m.label, rotation=0 if sum(map(len, m.label)) <= 24 else 20, ha='center' if sum(map(len, m.label)) <= 24 else 'right')
+    if not numeric or 0 < len(m) <= 6 and not _log_scale(x): ax.set_xticks(m.x, m.label, rotation=0 if sum(map(len, m.label)) <= 24 else 20, ha='center' if sum(map(len, m.label)) <= 24 else 'right')
     if not numeric: ax.set_xlim(-.5, len(e.means) - .5)
-    ax.set(xlabel=f'{e.parameter} ({100 * e.share:.0f}% of variance)', ylabel='')
+    ax.set(xlabel=f'{e.parameter} ({100 * e.share:.0f}% of variance)' if e.known else f'{e.parameter} (cannot be told)', ylabel='')
 
 # %% ../nbs/35_summaries.ipynb #9e59c250
 @patch
 def effects_title(self:Study): # one sentence
     "What the strongest parameter does."
     e = self.effects()[0]
-    m = e.means.dropna(subset='mean').sort_values('mean', ascending=self.lower)
-    if len(m) < 2: return f'What each parameter does to {self.metric} cannot be told from these cells'
+    m = e.means.sort_values('mean', ascending=self.lower)
+    if not e.known: return f'What each parameter does to {self.metric} cannot be told from these cells'
     said = f'{e.parameter} matters most: {self.metric} goes from {_digits(m["mean"].iloc[-1])} ({m.label.iloc[-1]}) to {_digits(m["mean"].iloc[0])} ({m.label.iloc[0]})'
     if math.isnan(e.p): return f'{said}; whether that is chance cannot be told'
     return said if e.p <= .05 else f'No parameter has an effect on {self.metric} that could not be chance'
@@ -650,6 +658,7 @@ class Part:
     text: str = ''      # Markdown: a heading or a paragraph without markup
     code: str = ''
     shown: object = None
+    png: str = ''       # a picture in base64, once it was drawn
 
 def _heading(text): return Part(f'## {text}')
 
@@ -733,11 +742,16 @@ _story_names = ('study', 'verdict', 'failures_table', 'runs_table', 'cost_table'
 def _judged(s): return f'{s.metric}, of which {"less" if s.lower else "more"} is better ({s.why})' if s.metric else f'nothing: {s.why}'
 def _is_picture(x): return hasattr(x, 'png') and hasattr(x, 'finding')
 
+def _png(p):
+    "The picture of a part, drawn once."
+    p.png = p.png or base64.b64encode(p.shown.png()).decode()
+    return p.png
+
 def _part_html(p):
     "A part of the page."
     if p.text.startswith('## '): return f'<h2>{html.escape(p.text[3:])}</h2>'
     if p.text: return f'<p class="note">{html.escape(p.text)}</p>'
-    if _is_picture(p.shown): return f'<figure><img src="data:image/png;base64,{base64.b64encode(p.shown.png(150)).decode()}" alt="{html.escape(p.shown.finding)}"></figure>'
+    if _is_picture(p.shown): return f'<figure><img src="data:image/png;base64,{_png(p)}" alt="{html.escape(p.shown.finding)}"></figure>'
     if isinstance(p.shown, Verdict): return f'<div class="verdict">{html.escape(p.shown)}</div>'
     if isinstance(p.shown, Study): return (f'<p>{html.escape(p.shown.sentence())}</p>' if p.shown.step else '') + f'<p class="note">Judged by {html.escape(_judged(p.shown))}.</p>'
     return p.shown._repr_html_()
@@ -756,41 +770,49 @@ def summary_html(
     metric='', # the main one; empty: see `main_metric`
     lower=None,# whether less is better; None: by the name
     base='',   # address of MLflow for the links, see `run_link`
+    parts=None,# what `told` returns, where it is there already
 ): # HTML document
     "The summary of a grid as one page that opens offline and prints."
     from datetime import datetime
-    parts = told(frame, name, metric, lower, base)
+    parts = parts or told(frame, name, metric, lower, base)
     body = ''.join(f'<div class="long">{h}</div>' if p.code.startswith('runs_table') else h for p in parts if (h := _part_html(p)))
     title = name or 'A grid of runs'
     return page(title, f'<h1>{html.escape(title)}</h1><p class="meta">{plural(len(frame), "run")}, {datetime.now():%d %B %Y}</p>{body}', _css)
 
 # %% ../nbs/35_summaries.ipynb #c6eb2da5
-def _output(x):
+def _output(p):
     "What a cell shows, as an output of a notebook."
-    if _is_picture(x): data = {'image/png': base64.b64encode(x.png()).decode() + '\n', 'text/plain': x.finding}
-    else: data = {'text/plain': str(x) if isinstance(x, str) else repr(x)} | ({'text/html': x._repr_html_()} if hasattr(x, '_repr_html_') else {})
+    x = p.shown
+    if _is_picture(x): return dict(output_type='display_data', metadata={}, data={'image/png': _png(p), 'text/plain': x.finding})
+    data = {'text/plain': str(x) if isinstance(x, str) else repr(x)} | ({'text/html': x._repr_html_()} if hasattr(x, '_repr_html_') else {})
     return dict(output_type='execute_result', execution_count=None, metadata={}, data=data)
 
-def _nb_cell(i, kind, source, shown=None, count=None):
+def _nb_cell(i, p, count):
     "A cell of a notebook."
-    more = {} if kind == 'markdown' else dict(execution_count=count, outputs=[_output(shown) | dict(execution_count=count)] if shown is not None else [])
-    return dict(cell_type=kind, id=f'cell-{i:02}', metadata={}, source=source.splitlines(keepends=True), **more)
+    source = (p.code or html.escape(p.text, quote=False)).splitlines(keepends=True)
+    if not p.code: return dict(cell_type='markdown', id=f'cell-{i:02}', metadata={}, source=source)
+    out = [] if p.shown is None else [_output(p)]
+    for o in out:
+        if 'execution_count' in o: o['execution_count'] = count
+    return dict(cell_type='code', id=f'cell-{i:02}', metadata={}, source=source, execution_count=count, outputs=out)
 
 # %% ../nbs/35_summaries.ipynb #0e6b8a2b
+_going_on = '## Going on\n\n`frame` has one row a run: `frame.query(…)`, `study(frame, metric="…")`, or a plot of your own.'
+
 def summary_notebook(
     frame,     # as `summary_frame` makes it
     name='',   # of the grid
     metric='', # the main one; empty: see `main_metric`
     lower=None,# whether less is better; None: by the name
     base='',   # address of MLflow for the links, see `run_link`
+    parts=None,# what `told` returns, where it is there already
 ): # dict in notebook format 4
     "The summary of a grid as an executed notebook."
     title = re.sub(r'([\\`*_\[\]<>#])', r'\\\1', ' '.join((name or 'A grid of runs').split()))
     load = f'from genai_lab.summaries import {", ".join(_story_names)}, read_summary\nframe = read_summary({write_summary(frame)!r})'
-    sources = [('markdown', f'# {title}', None), ('code', load, None), *(('code', p.code, p.shown) if p.code else ('markdown', html.escape(p.text, quote=False), None) for p in told(frame, name, metric, lower, base))]
-    sources += [('markdown', '## Going on\n\n`frame` has one row a run: `frame.query(…)`, `study(frame, metric="…")`, or a plot of your own.', None), ('code', 'frame.head()', frame.head())]
-    cells, count = [], 0
-    for i, (kind, source, shown) in enumerate(sources):
-        count += kind == 'code'
-        cells.append(_nb_cell(i, kind, source, shown, count))
+    parts = [Part(code=load), *(parts or told(frame, name, metric, lower, base)), Part(_going_on), Part(code='frame.head()', shown=frame.head())]
+    cells, count = [dict(cell_type='markdown', id='cell-00', metadata={}, source=[f'# {title}'])], 0
+    for i, p in enumerate(parts, 1):
+        count += bool(p.code)
+        cells.append(_nb_cell(i, p, count))
     return redact_tree(dict(cells=cells, metadata=dict(kernelspec=dict(display_name='python3', language='python', name='python3')), nbformat=4, nbformat_minor=5))

@@ -2,7 +2,6 @@
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -12,10 +11,10 @@ import psutil
 import pytest
 
 from genai_lab import runs
-from genai_lab.core import LabError, forget_inputs, input_fingerprint, note_input
+from genai_lab.core import LabError, input_fingerprint
 from genai_lab.experiments import run_notebook
 from genai_lab.runs import changed_inputs, find_run, list_runs, parse_since, push, reap, run_filter, runs_table, unsent
-from genai_lab.tracking import Spool, all_spools, connect, experiment_id, identity, local_path, new_spool, open_record, process_started, restore_record
+from genai_lab.tracking import Spool, all_spools, connect, experiment_id, identity, local_path, new_spool, open_record, process_started
 
 notebooks = Path(__file__).parent / 'notebooks'
 gone = {'pid': '4000000', 'pid.started': '1.00'}   # larger than any process id

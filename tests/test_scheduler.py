@@ -115,14 +115,14 @@ def test_no_more_failures_than_wanted(tmp_path):
 
 
 def test_a_time_out_is_for_each_run(tmp_path):
-    result = run(axes_grid(notebook(tmp_path, 'import time\nif n == 1: time.sleep(60)', log_n), ['n=1,2']), timeout=4)
+    result = run(axes_grid(notebook(tmp_path, 'import time\nif n == 1: time.sleep(60)', log_n), ['n=1,2']), timeout=20)
     assert [s.status for s in result.states] == ['failed', 'finished'] and 'time-out' in result.states[0].reason
 
 
 def test_later_notebooks_take_what_earlier_ones_found_and_are_left_out_when_those_fail(tmp_path):
     notebook(tmp_path, 'assert n != 2', log_n, name='first')
     notebook(tmp_path, "from genai_lab.tracking import start_run\nrun = start_run('second')\nrun.log_metric('twice', 2 * got)\nrun.finish()", parameters='got: float = 0.0\nsource: str = ""', name='second')
-    (tmp_path / 'both.yaml').write_text('steps:\n- name: first\n  notebook: first.ipynb\n  grid: {n: [2, 3]}\n- name: second\n  notebook: second.ipynb\n  after: first\n  params: {got: "${first.metrics.n}", source: "${first.run_id}"}\n')
+    (tmp_path / 'both.yaml').write_text('steps:\n- name: first\n  notebook: first.ipynb\n  grid: {n: [2, 3]}\n- name: second\n  notebook: second.ipynb\n  params: {got: "${first.metrics.n}", source: "${first.run_id}"}\n')
     result = run(read_grid(tmp_path / 'both.yaml'))
     status = {(s.cell.step, s.status) for s in result.states}
     assert status == {('first', 'failed'), ('first', 'finished'), ('second', 'skipped'), ('second', 'finished')}
@@ -144,15 +144,18 @@ def test_resuming_does_only_what_is_missing_and_says_why(tmp_path):
     assert first.counts()['failed'] == 1
     again = run(grid(), resume=True)
     assert again.counts() == dict(finished=1, done=2, failed=0, skipped=0) and again.run_id == first.run_id
-    assert all('same code, parameters, inputs and library' in s.reason for s in again.states if s.status == 'done')
+    assert all('same code, parameters, inputs and library' in s.looked for s in again.states if s.status == 'done')
+    assert 'no finished run' in next(s.looked for s in again.states if s.status == 'finished')
     assert connect().get_run(again.run_id).info.status == 'FINISHED' and len(children('FINISHED')) == 3
+    third = run(grid(), resume=True)
+    assert third.counts()['done'] == 3 and '3 done before' in str(third)
     path.write_text(path.read_text().replace("run.log_metric('n', n)", "run.log_metric('n', n + 0)"))
     assert run(grid(), resume=True).counts()['finished'] == 3
 
 
 def test_resuming_notices_that_data_has_changed(tmp_path):
     (tmp_path / 'products.csv').write_text('product\nbrie\n')
-    path = notebook(tmp_path, "from genai_lab.data import read_table\ndf = read_table('products.csv')", log_n)
+    path = notebook(tmp_path, "from genai_lab.data import load_frame\ndf = load_frame('products.csv')", log_n)
     run(axes_grid(path, ['n=1']))
     assert run(axes_grid(path, ['n=1']), resume=True).counts()['done'] == 1
     (tmp_path / 'products.csv').write_text('product\ngouda\n')

@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 
 from genai_lab.core import LabError, register_secret
-from genai_lab.summaries import (factors, failure_groups, less_is_better, main_metric, read_summary, run_link, runs_table, study, summary_frame, summary_html, summary_notebook, verdict, write_summary)
+from genai_lab.summaries import (factors, failure_groups, less_is_better, main_metric, read_summary, run_link, runs_table, study, summary_frame, summary_html, summary_notebook, told, verdict, write_summary)
 
 
 def cell(i, params, value=None, half=None, status='finished', reason='', step='', n=400, **more):
@@ -39,7 +39,7 @@ def test_plain_means_in_a_full_grid_and_adjusted_ones_where_cells_are_missing():
 
 def test_intervals_of_means_cover_the_truth():
     truth, hits = (lambda a, b, c: .4 + .05 * a + (.1 if b == 'y' else 0)), []
-    for seed in range(150):
+    for seed in range(80):
         s = study(summary_frame(grid(truth, .03, None, seed, a=[0, 1], b=['x', 'y'], c=[1, 2, 3])))
         m = {e.parameter: e for e in s.effects()}['a'].means
         hits += [lo <= .45 + .05 * a <= hi for a, lo, hi in zip((0, 1), m.low, m.high)]
@@ -47,7 +47,7 @@ def test_intervals_of_means_cover_the_truth():
 
 
 def test_a_parameter_that_does_nothing_is_seldom_called_one_that_does():
-    p = [study(summary_frame(grid(lambda a, b: .4, .03, None, seed, a=[0, 1, 2], b=[0, 1, 2]))).effects() for seed in range(150)]
+    p = [study(summary_frame(grid(lambda a, b: .4, .03, None, seed, a=[0, 1, 2], b=[0, 1, 2]))).effects() for seed in range(80)]
     assert np.mean([min(e.p for e in es) < .05 for es in p]) <= .1
 
 
@@ -56,14 +56,14 @@ def test_interactions_are_found_where_they_are_and_nowhere_else():
     s = study(summary_frame(grid(truth, .01, None, a=[0, 1], b=['x', 'y'], c=[0, 1, 2])))
     first, second = s.interactions()
     assert {first.a, first.b} == {'a', 'b'} and first.p < .01 and second.p > .05
-    flat = [study(summary_frame(grid(lambda a, b, c: .3 + .1 * a + .1 * c, .02, None, k, a=[0, 1], b=['x', 'y'], c=[0, 1, 2]))).interactions() for k in range(60)]
+    flat = [study(summary_frame(grid(lambda a, b, c: .3 + .1 * a + .1 * c, .02, None, k, a=[0, 1], b=['x', 'y'], c=[0, 1, 2]))).interactions() for k in range(40)]
     assert np.mean([min(i.p for i in f) < .05 for f in flat]) <= .15
 
 
 def test_the_best_of_many_equal_cells_is_not_believed():
     "All cells have the same true value: what is expected of the best is that value, not the record."
     errors, naive, missed = [], [], []
-    for seed in range(60):
+    for seed in range(40):
         s = study(summary_frame(grid(lambda a, b: .5, .025, 1.96 * .025, seed, a=list(range(6)), b=list('wxyz'))))
         b = s.best()
         errors.append(s.expected() - .5); naive.append(b.value[0] - .5); missed.append(not b.low_all[0] <= .5 <= b.high_all[0])
@@ -145,7 +145,8 @@ def odd_grids():
 def test_odd_grids_make_a_page_and_a_notebook(rows):
     import nbformat
     f = summary_frame(rows)
-    doc, nb = summary_html(f, 'odd <b>grid</b> & co'), summary_notebook(f, 'odd <b>grid</b> & co')
+    parts = told(f, 'odd <b>grid</b> & co')
+    doc, nb = summary_html(f, 'odd <b>grid</b> & co', parts=parts), summary_notebook(f, 'odd <b>grid</b> & co', parts=parts)
     nbformat.validate(nbformat.from_dict(nb))
     assert '<script' not in doc and '<img src=x' not in doc and '<b>' not in doc and not re.findall(r'(?:src|href)="(?!#|data:|http://127)[^"]*"', doc)
     assert doc.count('<h1>') == 1 and 'nan' not in re.sub(r'base64,[^"]*', '', doc).lower().replace('finance', '')
@@ -191,7 +192,7 @@ def test_the_notebook_runs_and_shows_what_it_showed(tmp_path):
     assert [x for x in static_findings(json.loads(json.dumps(nb)) | dict(cells=[c | dict(source=''.join(c['source'])) for c in nb['cells']])) if x.rule in ('undefined', 'syntax', 'order', 'path')] == []
     import nbformat
     from nbclient import NotebookClient
-    again = NotebookClient(nbformat.from_dict(json.loads(json.dumps(nb))), kernel_name='python3').execute()
+    again = NotebookClient(nbformat.reads(json.dumps(nb), 4), kernel_name='python3').execute()
     shown = lambda cells: [{k: ''.join(v) for k, v in o.get('data', {}).items()} for c in cells if c['cell_type'] == 'code' for o in c['outputs']]
     assert shown(again.cells) == shown(nb['cells'])
     assert sum('image/png' in o for o in shown(nb['cells'])) == 3 and base64.b64decode(next(o['image/png'] for o in shown(nb['cells']) if 'image/png' in o)).startswith(b'\x89PNG')
