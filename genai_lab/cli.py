@@ -189,10 +189,12 @@ def _runs(
     if ctx.invoked_subcommand: return
     import shutil
     from genai_lab.experiments import text_columns
-    from genai_lab.runs import list_runs, runs_table
+    from genai_lab.core import plural
+    from genai_lab.runs import list_runs, runs_table, unsent
     df = list_runs(experiment, where, status, limit, rank, since)
     if as_json: return typer.echo(df.to_json(orient='records', indent=1, date_format='iso'))
     typer.echo('\n'.join(text_columns(*runs_table(df, shutil.get_terminal_size((120, 24)).columns))) if len(df) else 'no runs')
+    if n := len(unsent()): typer.echo(f'{plural(n, "run")} not sent yet: genai-lab runs push', err=True)
 
 # %% ../nbs/90_cli.ipynb #81cbf1f6
 @runs.command('reap')
@@ -302,10 +304,10 @@ def ui(
 ):
     "Open MLflow on the lab's runs."
     from genai_lab.core import settings
-    from genai_lab.tracking import check_store, tracking_uri
+    from genai_lab.tracking import check_schema, check_store, tracking_uri
     s, uri = settings(), tracking_uri()
     if uri.startswith('http'): return typer.echo(f'The runs of this lab are on its server: {uri}')
-    check_store(uri); check_port(host, port)
+    check_store(uri); check_schema(uri); check_port(host, port)
     typer.echo(f'MLflow on http://{host}:{port} (Ctrl-C ends it)')
     quiet = dict(MLFLOW_DISABLE_TELEMETRY='true', DO_NOT_TRACK='true', MLFLOW_SERVER_ENABLE_JOB_EXECUTION='false')   # the job runner is eight processes that nobody here uses
     os.environ.update({**quiet, **os.environ})

@@ -21,7 +21,7 @@ import psutil
 # %% ../nbs/36_runs.ipynb #4c45b16d
 from .core import LabError, closest, input_fingerprint, settings
 from .experiments import clock
-from .tracking import ServerAway, Spool, all_spools, connect, is_alive, lab_value, local_path, restore_record, tracking_errors, tracking_uri
+from .tracking import ServerAway, Spool, all_spools, connect, is_alive, local_path, restore_record, tracking_errors, tracking_uri
 
 # %% ../nbs/36_runs.ipynb #08bc33ff
 _condition = re.compile(r'''\s*(?:(param|metric|tag|attribute)s?\.)?(.+?)\s*(<=|>=|!=|=|<|>|\s(?:i?like)\s)\s*(.+?)\s*''', re.I)
@@ -304,7 +304,7 @@ def reap(
     s = s or settings()
     client = connect(s)
     with tracking_errors(tracking_uri(s)): running = search_runs(client, _experiments(client), "attributes.status = 'RUNNING'")
-    limit = lab_value(s, 'heartbeat_limit', 600)
+    limit = s.lab.heartbeat_limit
     dead = [(r, why) for r in running if (why := _why_dead(r, limit, all_hosts))]
     if dead: _end_processes([r for r, _ in dead])
     found = [_bury(client, r, why, s) for r, why in dead]

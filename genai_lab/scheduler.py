@@ -24,7 +24,7 @@ from .experiments import Job, Stop, all_params, clock, experiment_name, text_col
 from .notebooks import notebook_fingerprint, read_notebook, redact_values
 from .runs import changed_inputs, find_done, reap
 from .summaries import summary_frame, summary_html, summary_notebook
-from .tracking import Record, Spool, connect, identity, open_record, params_fingerprint, tracking_errors, tracking_uri
+from .tracking import Record, ServerAway, connect, identity, new_spool, open_record, params_fingerprint, tracking_errors, tracking_uri
 
 # %% ../nbs/37_scheduler.ipynb #3c68eed6
 _thread_variables = ('OMP_NUM_THREADS', 'MKL_NUM_THREADS', 'OPENBLAS_NUM_THREADS', 'NUMEXPR_NUM_THREADS', 'RAYON_NUM_THREADS')
@@ -168,7 +168,7 @@ def perform(
     try: job = Job(m['path'], m['params'], name=m['name'], timeout=m['timeout'], kernel=m['kernel'], on_event=tell, stop=stop, nb=read_notebook(m['snapshot']), env=m['env'], tags=m['tags'])
     except LabError as e: return dict(ended='lab', reason=str(e), retry=False)
     try: r = job.run()
-    except LabError as e: return dict(ended='lab', reason=str(e), retry=True, run_id=job.record.id if job.record else '')
+    except LabError as e: return dict(ended='lab', reason=str(e), retry=not job.spool.ended, run_id=job.record.id if job.record else '')
     return dict(ended=r.ended, reason='\n'.join(r.headline()[:1]) if r.ended == 'cell' and not r.reason else r.reason, retry=r.ended == 'died', run_id=r.run_id, seconds=r.seconds, metrics=r.metrics,
                 memory=r.peak_memory, verdict=r.verdict, artifact_uri=job.record.info.artifact_uri if job.record else '')
 
@@ -269,7 +269,7 @@ def _open(self:Parent, resume):
     earlier = self._earlier()
     if earlier and earlier.info.status == 'RUNNING':
         raise LabError(f'the grid "{self.grid.name}" is already running (process {earlier.data.tags.get("pid")} on {earlier.data.tags.get("host")}); wait for it, or end it first')
-    spool, tags = Spool(self.folder / 'spool'), provenance() | told | {'launcher': 'genai-lab run', 'mlflow.source.type': 'JOB'}
+    spool, tags = new_spool(self.s), provenance() | told | {'launcher': 'genai-lab run', 'mlflow.source.type': 'JOB'}
     if earlier and resume: self.record = self._again(earlier, spool, tags)
     else: self.record = open_record(self.experiment, f'grid {self.grid.name}', tags, spool, self.s)
     self.tags = {'mlflow.parentRunId': self.record.id, 'grid': self.grid.name, **{k: told[k] for k in ('scheduler.pid', 'scheduler.started')}}
@@ -278,8 +278,12 @@ def _open(self:Parent, resume):
 def _again(self:Parent, run, spool, tags):
     "The record of an earlier parent run, running again."
     record = Record(self.client, tracking_uri(self.s), run.info, self.experiment, spool)
-    with tracking_errors(record.uri): self.client.update_run(run.info.run_id, status='RUNNING')
-    spool.add(tags=tags | identity())
+    tags = tags | identity() | {'run_dir': str(spool.folder)}
+    spool.note(uri=redact(record.uri), experiment=self.experiment, name=run.info.run_name, run_id=run.info.run_id, tags=tags)
+    with tracking_errors(record.uri):
+        self.client.update_run(run.info.run_id, status='RUNNING')
+        for k in {'failure', 'failure.kind'} & set(run.data.tags): self.client.delete_tag(run.info.run_id, k)
+    spool.add(tags=tags)
     record.send()
     return record
 
@@ -307,8 +311,9 @@ def close(self:Parent,
     for f in sorted(spool.files.rglob('*')):
         if f.is_file(): spool.add(artifact=f.relative_to(spool.files).as_posix())
     spool.add(metrics=[[k, v, 0, now] for k, v in counts.items()], tags={'verdict': result.headline(), 'mlflow.note.content': result.headline()})
-    self.record.send()
-    self.record.end(status)
+    with suppress(ServerAway): self.record.end(status)
+    self.record.deliver(tell=lambda line: print(line, file=sys.stderr))
+    if not spool.rest: spool.remove()
     shutil.rmtree(self.folder, ignore_errors=True)
 
 # %% ../nbs/37_scheduler.ipynb #0edf45df

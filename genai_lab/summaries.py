@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['summary_frame', 'metrics_of', 'main_metric', 'less_is_better', 'factors', 'Study', 'study', 'Effect', 'Interaction',
-           'failure_groups', 'failures_table', 'run_link', 'runs_table', 'cost_table', 'write_summary', 'read_summary',
-           'Part', 'verdict', 'told', 'summary_html', 'summary_notebook']
+           'failure_groups', 'failures_table', 'mlflow_base', 'run_link', 'runs_table', 'cost_table', 'write_summary',
+           'read_summary', 'Part', 'verdict', 'told', 'summary_html', 'summary_notebook']
 
 # %% ../nbs/35_summaries.ipynb #5249ff3a
 import base64, html, json, math, re
@@ -170,9 +170,9 @@ def best(self:Study): # DataFrame, best first: with ends of the simultaneous int
     "The settings in order."
     df = self.cells.assign(order=-self.sign * self.cells.value).sort_values(['order', 'cell']).drop(columns='order').reset_index(drop=True)
     k, top = len(df), df.iloc[0] if len(df) else None
-    wide = _z(.025 / max(1, k)) * df.se
+    wide, clear = _z(.025 / max(1, k)) * df.se, _z(.025 / max(1, k * (k - 1) // 2))
     df['low_all'], df['high_all'] = df.value - wide, df.value + wide
-    df['behind'] = [self.sign * (top.value - v) > _z(.025 / max(1, k * (k - 1) // 2)) * math.hypot(top.se, se) if math.isfinite(top.se + se) else False for v, se in zip(df.value, df.se)]
+    df['behind'] = [self.sign * (top.value - v) > clear * math.hypot(top.se, se) if math.isfinite(top.se + se) else False for v, se in zip(df.value, df.se)]
     return df
 
 @patch
@@ -470,16 +470,20 @@ def effects_table(self:Study): # Html
     return _table(['parameter', 'best value', 'worst value', 'difference', 'share of variance', 'chance alone'], [row(e) for e in self.effects()], f'main effects on {self.metric}')
 
 # %% ../nbs/35_summaries.ipynb #4bc7bb87
+def mlflow_base():
+    "Where MLflow's pages are: on the tracking server, or where `genai-lab ui` opens them."
+    from genai_lab.tracking import tracking_uri
+    uri = tracking_uri()
+    return redact(uri) if uri.startswith('http') else 'http://127.0.0.1:5000'
+
 def run_link(
     run_id,           # of a run
     experiment_id='', # of its experiment
     base='',          # address of MLflow; empty: that of the tracking server, or of `genai-lab ui`
 ): # URL, or '' where the experiment is unknown
     "Where MLflow shows a run."
-    from genai_lab.tracking import tracking_uri
     if not (run_id and experiment_id): return ''
-    uri = base or tracking_uri()
-    return f'{redact(uri).rstrip("/") if uri.startswith("http") else "http://127.0.0.1:5000"}/#/experiments/{experiment_id}/runs/{run_id}'
+    return f'{(base or mlflow_base()).rstrip("/")}/#/experiments/{experiment_id}/runs/{run_id}'
 
 # %% ../nbs/35_summaries.ipynb #fe78e57a
 def _value(row, m):
@@ -502,7 +506,8 @@ def runs_table(
     shown = [m for m in (metric, *others) if m]
     short = {r: r[:8] if frame.run_id.str[:8].nunique() == frame.run_id.nunique() else r for r in frame.run_id}
     rows = [[str(r['cell']), r['status'], *(_text(r[p]) for p in params), *(_value(r, m) for m in shown), clock(r['seconds']), f'{r["memory"] / 2**20:,.0f}' if r['memory'] else '–', short[r['run_id']]] for r in frame.to_dict('records')]
-    links = {short[r.run_id]: u for r in frame.itertuples() if (u := run_link(r.run_id, r.experiment_id, base))}
+    base = base or mlflow_base()
+    links = {short[r]: u for r, e in zip(frame.run_id, frame.experiment_id) if (u := run_link(r, e, base))}
     same = ', '.join(f'{p} = {_text(frame[p].iloc[0])}' for p in _constant(frame))
     t = _table(['cell', 'status', *params, *shown, 'time', 'MiB', 'run'], rows, plural(len(frame), 'run'), links)
     return Html((f'<p>The same in all runs: {html.escape(same)}.</p>' if same else '') + t.body, t.about)
@@ -784,7 +789,7 @@ def _output(p):
     "What a cell shows, as an output of a notebook."
     x = p.shown
     if _is_picture(x): return dict(output_type='display_data', metadata={}, data={'image/png': _png(p), 'text/plain': x.finding})
-    data = {'text/plain': str(x) if isinstance(x, str) else repr(x)} | ({'text/html': x._repr_html_()} if hasattr(x, '_repr_html_') else {})
+    data = {'text/plain': repr(x)} | ({'text/html': x._repr_html_()} if hasattr(x, '_repr_html_') else {})
     return dict(output_type='execute_result', execution_count=None, metadata={}, data=data)
 
 def _nb_cell(i, p, count):

@@ -6,8 +6,8 @@
 __all__ = ['lock_wait', 'heartbeat_every', 'tracking_uri', 'artifact_location', 'check_store', 'schema_versions', 'check_schema',
            'quiet_mlflow', 'ServerAway', 'tracking_errors', 'connect', 'experiment_id', 'Spool', 'new_spool',
            'all_spools', 'Record', 'local_path', 'process_started', 'identity', 'is_alive', 'params_fingerprint',
-           'open_record', 'lab_value', 'restore_record', 'kernel_parameters', 'Run', 'say_inputs', 'start_run',
-           'metric_values', 'write_parquet', 'Verdict', 'cell_text', 'text_table']
+           'open_record', 'restore_record', 'kernel_parameters', 'Run', 'say_inputs', 'start_run', 'metric_values',
+           'write_parquet', 'Verdict', 'cell_text', 'text_table']
 
 # %% ../nbs/30_tracking.ipynb #40b6f7f8
 import atexit, fcntl, getpass, html, json, logging, math, os, re, shutil, socket, sqlite3, sys, tempfile, threading, time, urllib.error, urllib.request
@@ -116,6 +116,7 @@ def check_schema(
     uri, # of a database
 ):
     "Raise a `LabError` when the tables of a database were made by another version of MLflow."
+    if not uri.startswith(('sqlite', 'postgresql', 'mysql', 'mssql')): return
     import sqlalchemy as sa
     engine = sa.create_engine(uri)
     try:
@@ -474,15 +475,6 @@ def pump(self:Record,
         except LabError: pass   # it will be heard of at the end
 
 # %% ../nbs/30_tracking.ipynb #ad9cc4c3
-def lab_value(
-    s,       # Settings
-    name,    # of a key of [lab]
-    default, # where neither the settings nor the environment have it
-): # float
-    "A number from the settings."
-    return float(os.environ.get(f'GENAI_LAB_{name.upper()}') or getattr(s.lab, name, default))
-
-# %% ../nbs/30_tracking.ipynb #5cf8c6bf
 @patch
 def deliver(self:Record,
     patience=None, # seconds to wait for a server that is away; None: server_patience of settings.ini
@@ -490,7 +482,7 @@ def deliver(self:Record,
     tell=None,     # function that gets a line when waiting begins
 ):
     "Send everything, and wait for the server where that is necessary."
-    limit, pause = time.monotonic() + (lab_value(settings(), 'server_patience', 60) if patience is None else patience), .5
+    limit, pause = time.monotonic() + (settings().lab.server_patience if patience is None else patience), .5
     while True:
         try: return self.send()
         except ServerAway as e:
