@@ -97,7 +97,7 @@ class LabSettings(BaseModel):
     request_timeout: float = Field(60, gt=0)         # seconds until one HTTP request is given up
     run_timeout: float = Field(0, ge=0)              # seconds until a notebook run is stopped; 0: never
     server_patience: float = Field(60, ge=0)  # seconds that a run waits at its end for a tracking server that is away
-    heartbeat_limit: float = Field(600, gt=0) # seconds without a sign of life after which a run of another machine counts as dead
+    heartbeat_limit: float = Field(600, ge=0) # seconds without a sign of life after which a run of another machine counts as dead
 
 # %% ../nbs/00_core.ipynb #910397a6
 class ModelEntry(BaseModel):

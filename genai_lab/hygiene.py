@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Called', 'Rule', 'rules', 'Code', 'read_code', 'imports', 'dotted', 'Finding', 'Book', 'rule', 'bound',
            'static_findings', 'dry_run', 'HygieneReport', 'check_notebook', 'file_stem', 'new_experiment', 'When',
-           'parse_when', 'upcoming', 'calendar_lines', 'Schedule', 'schedule']
+           'upcoming', 'parse_when', 'calendar_lines', 'Schedule', 'schedule']
 
 # %% ../nbs/33_hygiene.ipynb #af32fc8f
 import ast, html, json, os, re, shlex, shutil, subprocess, sys, symtable, tempfile, unicodedata
@@ -64,6 +64,18 @@ class Code:
     @property
     def is_parameters(self): return 'parameters' in tags_of(self.raw)
 
+# %% ../nbs/33_hygiene.ipynb #5b1ea563
+def _mend(c, lines, at, e):
+    "Replace the line at which the parser gave up, with its continuations, if it is IPython's."
+    new = _as_python(lines[at])
+    if new is None: c.error = e; return
+    while True:
+        c.magics.append((at + 1, lines[at]))
+        more = lines[at].endswith('\\') and at + 1 < len(lines)
+        lines[at], new = new, ''
+        if not more: return
+        at += 1
+
 # %% ../nbs/33_hygiene.ipynb #d6fea709
 def read_code(
     number, # of the cell
@@ -79,18 +91,6 @@ def read_code(
         except ValueError as e: c.error = SyntaxError(str(e))   # characters that no source may have
     c.python, c.names = '\n'.join(lines), _mentioned('\n'.join(l for _, l in c.magics))
     return c
-
-# %% ../nbs/33_hygiene.ipynb #5b1ea563
-def _mend(c, lines, at, e):
-    "Replace the line at which the parser gave up, with its continuations, if it is IPython's."
-    new = _as_python(lines[at])
-    if new is None: c.error = e; return
-    while True:
-        c.magics.append((at + 1, lines[at]))
-        more = lines[at].endswith('\\') and at + 1 < len(lines)
-        lines[at], new = new, ''
-        if not more: return
-        at += 1
 
 # %% ../nbs/33_hygiene.ipynb #d8754d0d
 def imports(
@@ -419,7 +419,8 @@ def _reads_data(c):
 # %% ../nbs/33_hygiene.ipynb #8e1a848b
 @rule('data', 'fingerprints its data')
 def _data(book):
-    read = [c for c in book.calls if _reads_data(c)]
+    made = {ast.unparse(a) for c in book.calls if re.search(r'\.to_(csv|parquet|json|feather|excel)$|(^|\.)save\w*$', c.name) for a in c.node.args}
+    read = [c for c in book.calls if _reads_data(c) and not {ast.unparse(a) for a in c.node.args[:1]} & made]
     if read and not any(_fingerprints.search(c.name) for c in book.calls):
         c = read[0]
         yield c.cell.number, c.node.lineno, f'{_shown(ast.unparse(c.node), 40)} reads data that the record will not know; read it with genai_lab.data.load_frame, or log its fingerprint: run.set_tags({{"fingerprint.data": fingerprint(df)}})'
@@ -528,7 +529,7 @@ class HygieneReport:
     @property
     def exit_code(self): return exit_codes[self.stopped] if self.stopped else int(not self.ok)
 
-# %% ../nbs/33_hygiene.ipynb #ae8daa75
+# %% ../nbs/33_hygiene.ipynb #e881627d
 @patch
 def headline(self:HygieneReport):
     "The report in one line."
@@ -539,6 +540,7 @@ def headline(self:HygieneReport):
 @patch
 def __str__(self:HygieneReport): return '\n'.join([self.headline(), *(f'  {f}' for f in self.findings)])
 
+# %% ../nbs/33_hygiene.ipynb #3c391526
 @patch
 def to_dict(self:HygieneReport):
     "For JSON."
@@ -705,19 +707,6 @@ def _spoken(text):
     which = dict(daily='*', weekdays='1-5', weekends='0,6')
     return [str(int(m[2])), str(int(m[1])), '*', '*', ','.join(which.get(d, str(_days.index(d)) if d in _days else '') for d in short)]
 
-# %% ../nbs/33_hygiene.ipynb #85be6fc1
-def parse_when(
-    text, # such as 'daily 02:30', 'hourly', 'weekdays 06:00', 'mon,thu 07:15' or '30 2 * * 1-5'
-): # When
-    "Understand when something is to happen."
-    words = str(text).split()
-    if not words: raise LabError(f'when? {_examples}')
-    fields = words if len(words) == 5 else _spoken(' '.join(words))
-    if fields is None: raise LabError(f'"{text}" is no time that I understand; {_examples}')
-    when = When(tuple(f.lower() for f in fields), tuple(_field(f, k, text) for f, k in zip(fields, _fields)))
-    if not upcoming(when, 1, datetime(2024, 1, 1)): raise LabError(f'"{text}" never comes: no such day is in the calendar')
-    return when
-
 # %% ../nbs/33_hygiene.ipynb #2e71facf
 def _day_fits(when, d):
     "Whether something happens on a day."
@@ -737,6 +726,19 @@ def upcoming(
         if len(found) >= n: break
         if _day_fits(when, day): found += [t for h in sorted(when.sets[1]) for m in sorted(when.sets[0]) if (t := datetime(day.year, day.month, day.day, h, m)) > now]
     return found[:n]
+
+# %% ../nbs/33_hygiene.ipynb #85be6fc1
+def parse_when(
+    text, # such as 'daily 02:30', 'hourly', 'weekdays 06:00', 'mon,thu 07:15' or '30 2 * * 1-5'
+): # When
+    "Understand when something is to happen."
+    words = str(text).split()
+    if not words: raise LabError(f'when? {_examples}')
+    fields = words if len(words) == 5 else _spoken(' '.join(words))
+    if fields is None: raise LabError(f'"{text}" is no time that I understand; {_examples}')
+    when = When(tuple(f.lower() for f in fields), tuple(_field(f, k, text) for f, k in zip(fields, _fields)))
+    if not upcoming(when, 1, datetime(2024, 1, 1)): raise LabError(f'"{text}" never comes: no such day is in the calendar')
+    return when
 
 # %% ../nbs/33_hygiene.ipynb #e6e6504b
 def _list(numbers, low, high, width=0):

@@ -187,12 +187,14 @@ def expected(self:Study): # number, nan where it cannot be known
 
 # %% ../nbs/35_summaries.ipynb #b237c43b
 def _of(row, names, most=6): # 'prompt = long, t = 0'
-    return ', '.join(f'{p} = {_text(row[p])}' for p in names[:most]) or 'the only setting'
+    return ', '.join(f'{_text(p, 24)} = {_brief(row[p])}' for p in names[:most]) or 'the only setting'
 
 def _text(v, width=40):
     "A value of a parameter as text."
     t = '–' if v is None or v != v else f'{v:g}' if isinstance(v, (float, np.floating)) and abs(v) < 1e15 else ' '.join(str(v).split())
     return t if len(t) <= width else t[:width - 1] + '…'
+
+def _brief(v, width=24): return f'{v:.3g}' if isinstance(v, (float, np.floating)) and math.isfinite(v) and 1e-4 <= abs(v) < 1e4 and f'{v:.3g}' != f'{v:g}' else f'{v:.2e}' if isinstance(v, float) and 0 < abs(v) < 1e-4 and f'{v:g}' != f'{v:.0e}' else _text(v, width)
 
 def _estimate(row):
     "Value, interval and denominator as text."
@@ -248,7 +250,7 @@ def _coded(s, most=8):
     code = pd.qcut(x, 5, labels=False, duplicates='drop')
     code = np.unique(code, return_inverse=True)[1]
     parts = [x[code == i] for i in range(code.max() + 1)]
-    return code, [f'{_text(p.min())} to {_text(p.max())}' for p in parts], np.array([p.mean() for p in parts])
+    return code, [f'{_brief(float(p.min()))} to {_brief(float(p.max()))}' for p in parts], np.array([p.mean() for p in parts])
 
 # %% ../nbs/35_summaries.ipynb #266991f3
 def _dummies(codes):
@@ -538,7 +540,7 @@ def plot_best(self:Study,
     from genai_lab.reports import _dot, _rows
     b = self.best().head(n)
     if not len(b): raise LabError('nothing finished, so there is nothing to plot')
-    rows = f'{" · ".join(self.factors[:6])}: best {len(b)} of {plural(len(self.cells), "setting")}' if self.factors else 'the only setting'
+    rows = f'{" · ".join(_text(p, 16) for p in self.factors[:6])}: best {len(b)} of {plural(len(self.cells), "setting")}' if self.factors else 'the only setting'
     facts = f'{rows} · 95% intervals; thin: for all at once' if self.known else f'{rows} · no intervals were logged'
     fig, ax = canvas(_unbroken(self.finding()), facts, 'Hollow: clearly behind the best, corrected for the number of settings.' if b.behind.any() else '', .7 + .42 * len(b))
     with use_style():
@@ -546,27 +548,34 @@ def plot_best(self:Study,
             colour = colours['quiet'] if r.behind else colours['main']
             if math.isfinite(r.low_all): ax.plot([r.low_all, r.high_all], [y, y], color=colour, lw=1, zorder=2)
             _dot(ax, y, (r.value, r.low, r.high), colour, filled=not r.behind)
-        _rows(ax, [' · '.join(_text(r[p], 16) for p in self.factors[:6]) or 'all' for _, r in b.iterrows()], [_estimate(r) for _, r in b.iterrows()])
+        _rows(ax, [' · '.join(_brief(r[p], 14) for p in self.factors[:6]) or 'all' for _, r in b.iterrows()], [_estimate(r) for _, r in b.iterrows()])
         ax.set_xlabel(_axis_name(self))
     return fig
 
 # %% ../nbs/35_summaries.ipynb #5ed87f5d
 def _log_scale(x): return min(x) > 0 and max(x) / min(x) >= 100
 
+def _log_axis(ax):
+    "A logarithmic axis that says 0.001 and not a formula."
+    from matplotlib.ticker import FuncFormatter, NullFormatter
+    ax.set_xscale('log')
+    ax.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f'{v:g}'))
+    ax.xaxis.set_minor_formatter(NullFormatter())
+
 def _panel(ax, study, e):
     "The main effect of one parameter."
     import seaborn as sns
-    m, numeric = e.means.dropna(subset='mean'), _is_number(study.cells[e.parameter])
+    m, numeric = e.means, _is_number(study.cells[e.parameter])
     x = study.cells[e.parameter].to_numpy(float) if numeric else _coded(study.cells[e.parameter])[0]
     sns.scatterplot(x=x, y=study.cells.value, ax=ax, color=colours['quiet'], s=16, alpha=.5, legend=False)
     if numeric: ax.plot(m.x, m['mean'], color=colours['main'], lw=1.2, alpha=.6)
     good = m.low.notna()
     ax.errorbar(m.x[good], m['mean'][good], yerr=[(m['mean'] - m.low)[good], (m.high - m['mean'])[good]], fmt='none', ecolor=colours['main'], elinewidth=3, alpha=.45)
     ax.plot(m.x, m['mean'], 'o', color=colours['main'], ms=8, zorder=4)
-    if numeric and _log_scale(x): ax.set_xscale('log')
-    if not numeric or 0 < len(m) <= 6 and not _log_scale(x): ax.set_xticks(m.x, m.label, rotation=0 if sum(map(len, m.label)) <= 24 else 20, ha='center' if sum(map(len, m.label)) <= 24 else 'right')
+    if numeric and _log_scale(x): _log_axis(ax)
+    if not numeric or len(m) <= 6 and not _log_scale(x): ax.set_xticks(m.x, m.label, rotation=0 if sum(map(len, m.label)) <= 24 else 20, ha='center' if sum(map(len, m.label)) <= 24 else 'right')
     if not numeric: ax.set_xlim(-.5, len(e.means) - .5)
-    ax.set(xlabel=f'{e.parameter} ({100 * e.share:.0f}% of variance)' if e.known else f'{e.parameter} (cannot be told)', ylabel='')
+    ax.set(xlabel=f'{_text(e.parameter, 24)} ({100 * e.share:.0f}% of variance)', ylabel='')
 
 # %% ../nbs/35_summaries.ipynb #9e59c250
 @patch
@@ -584,8 +593,8 @@ def plot_effects(self:Study,
     most=6, # panels
 ): # Picture
     "The main effect of each parameter."
-    found = self.effects()[:most]
-    if not found: raise LabError('only one setting finished, so no parameter can be judged')
+    found = [e for e in self.effects() if e.known][:most]
+    if not found: raise LabError('no parameter can be judged: only one setting finished, or all parameters changed together')
     across = min(3, len(found))
     down = -(-len(found) // across)
     how = 'plain means' if all(e.balanced for e in found) else 'means adjusted for the other parameters'
@@ -601,15 +610,22 @@ def plot_effects(self:Study,
 # %% ../nbs/35_summaries.ipynb #c56653b2
 _marks = ['o', 's', '^', 'D', 'v']
 
+def _spread(at, gap):
+    "Heights of labels, moved apart where they would overlap."
+    names = sorted(at, key=at.get)
+    for a, b in zip(names, names[1:]): at[b] = max(at[b], at[a] + gap)
+    return at
+
 def _lines_panel(ax, i):
     "One line a value of the second parameter."
     wide = i.table.pivot(index='x', columns='b', values='mean')[list(dict.fromkeys(i.table.b))]
     for name, mark, colour in zip(wide, _marks, [colours['main'], colours['wrong'], colours['right'], '#cc78bc', '#ca9161']):
         ax.plot(wide.index, wide[name], marker=mark, ms=7, color=colour, lw=1.8)   # a combination that is missing breaks the line
-        end = wide[name].dropna()
-        ax.annotate(f' {name}', (end.index[-1], end.iloc[-1]), xytext=(6, 0), textcoords='offset points', va='center', size=9)
+    ends = {n: wide[n].dropna() for n in wide}
+    for name, y in _spread({n: e.iloc[-1] for n, e in ends.items()}, .08 * np.ptp(i.table['mean'])).items():
+        ax.annotate(f' {_text(name, 18)}', (ends[name].index[-1], y), xytext=(6, 0), textcoords='offset points', va='center', size=9)
     ticks = i.table.drop_duplicates('x').sort_values('x')
-    if i.numeric and _log_scale(ticks.x): ax.set_xscale('log')
+    if i.numeric and _log_scale(ticks.x): _log_axis(ax)
     else: ax.set_xticks(ticks.x, ticks.a, rotation=20 if ticks.a.str.len().sum() > 36 else 0)
     ax.margins(x=.18)
 
@@ -634,8 +650,8 @@ def plot_interactions(self:Study): # Picture
         for ax, i in zip(np.atleast_1d(fig.subplots(1, len(found))), found):
             few = i.table.b.nunique() <= 5
             (_lines_panel if few else _colours_panel)(ax, i)
-            ax.set(xlabel=i.a, ylabel=self.metric if few else i.b)
-            ax.set_title(f'by {i.b} · {100 * max(0, i.share):.0f}% of variance, {p_text(i.p)}', size=10, loc='left')
+            ax.set(xlabel=_text(i.a, 30), ylabel=self.metric if few else _text(i.b, 30))
+            ax.set_title(f'by {_text(i.b, 20)} · {100 * max(0, i.share):.0f}% of variance, {p_text(i.p)}', size=10, loc='left')
     return fig
 
 # %% ../nbs/35_summaries.ipynb #c6226c66
@@ -682,7 +698,7 @@ def _step_parts(s, metric, lower):
     if not len(s.cells): return
     if len(s.cells) > 1: yield Part(_notes['best'])
     yield Part(code='s.plot_best()'); yield Part(code='s.best_table()')
-    if s.effects(): yield _heading(f'What each parameter does{title}'); yield Part(_notes['effects']); yield Part(code='s.plot_effects()'); yield Part(code='s.effects_table()')
+    if s.effects(): yield _heading(f'What each parameter does{title}'); yield Part(_notes['effects']); yield from [Part(code='s.plot_effects()')] * any(e.known for e in s.effects()); yield Part(code='s.effects_table()')
     if s.interactions(): yield _heading(f'What parameters do together{title}'); yield Part(_notes['interactions']); yield Part(code='s.plot_interactions()')
 
 # %% ../nbs/35_summaries.ipynb #ba5da046
@@ -765,7 +781,7 @@ _css = '''
 .note { color:var(--soft); font-size:.92rem } figure { margin:1rem 0 } figure img { display:block; width:100% }
 main { max-width:60rem } td:first-child { white-space:nowrap }
 @page { size:A4; margin:16mm 15mm }
-@media print { main { max-width:none } h2 { margin-top:1.2rem } figure { break-inside:avoid; margin:.4rem 0 } figure img { width:88% } .long table { font-size:7.5pt } thead { display:table-header-group } .note,.long p { font-size:9pt; break-after:avoid } .verdict { font-size:11pt } }
+@media print { main { max-width:none } h2 { margin-top:1.2rem } figure { break-inside:avoid; margin:.4rem 0 } figure img { width:88% } table { break-inside:avoid } .long table { font-size:7.5pt; break-inside:auto } thead { display:table-header-group } .note,.long p { font-size:9pt; break-after:avoid } .verdict { font-size:11pt } }
 '''
 
 # %% ../nbs/35_summaries.ipynb #e01505b2

@@ -186,7 +186,7 @@ def test_ctrl_c_once_finishes_what_runs_and_twice_stops_now(tmp_path, times):
     wait_for(lambda: (tmp_path / 'began1').exists())
     os.kill(p.pid, signal.SIGINT)
     if times == 2: time.sleep(.5); os.kill(p.pid, signal.SIGINT)
-    else: time.sleep(1); (tmp_path / 'go').touch()
+    else: time.sleep(4); (tmp_path / 'go').touch()
     out, err = p.communicate(timeout=60)
     assert p.returncode == 130, err
     assert [r.info.status for r in children()] == ['FINISHED' if times == 1 else 'KILLED']
@@ -199,6 +199,37 @@ def test_the_command_prints_one_json_object(tmp_path):
     told = json.loads(out)
     assert p.returncode == told['exit_code'] == 1 and (told['finished'], told['failed']) == (1, 1)
     assert [r['status'] for r in told['runs']] == ['finished', 'failed']
+
+
+def test_on_a_terminal_there_is_a_table_of_what_runs(tmp_path):
+    import pty
+    main, end = pty.openpty()
+    p = subprocess.Popen([sys.executable, '-c', 'from genai_lab.cli import main; main()', 'run', str(notebook(tmp_path, 'import time\ntime.sleep(4)', log_n)), '-g', 'n=1,2', '--workers', '2'],
+                         cwd=tmp_path, stdout=subprocess.PIPE, stderr=end, text=True, start_new_session=True, env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '140'})
+    os.close(end)
+    seen = b''
+    try:
+        while chunk := os.read(main, 65536): seen += chunk
+    except OSError: pass   # the other end is closed
+    out, _ = p.communicate(timeout=60)
+    text = seen.decode(errors='replace')
+    assert p.returncode == 0 and '2 finished' in out
+    for word in ('parameters', 'elapsed', 'memory', 'n=1', 'worker 2', 'MiB', '2 running', 'time.sleep(4)'): assert word in text, word
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason='only root can mount a small disk')
+def test_a_disk_that_fills_up_in_mid_grid_fails_what_it_must_and_nothing_else(tmp_path, monkeypatch):
+    small = tmp_path / 'small'
+    small.mkdir()
+    if subprocess.run(['mount', '-t', 'tmpfs', '-o', 'size=4m', 'tmpfs', str(small)], capture_output=True).returncode: pytest.skip('no file system can be mounted here')
+    try:
+        monkeypatch.setenv('GENAI_LAB_ARTIFACT_ROOT', str(small))
+        big = "from genai_lab.tracking import start_run\nrun = start_run('noop')\nrun.log_text('x' * (6_000_000 if n == 2 else 10), 'big.txt')\nrun.log_metric('n', n)\nrun.finish()"
+        result = run(axes_grid(notebook(tmp_path, big), ['n=1,2,3']), workers=1)
+        by = {s.cell.params['n']: s for s in result.states}
+        assert by[1].status == by[3].status == 'finished' and by[2].status == 'failed' and result.exit_code == 1
+        assert 'space' in by[2].reason and by[2].attempts == 1
+    finally: subprocess.run(['umount', '-l', str(small)], check=True)
 
 
 def test_a_grid_that_runs_is_not_started_again(tmp_path):

@@ -174,7 +174,7 @@ def test_secrets_do_not_reach_the_page():
     for text in (summary_html(f), json.dumps(summary_notebook(f)), f.to_csv()): assert 'walrus' not in text and 'otter' not in text
 
 
-def test_links_lead_to_mlflow(mlflow_home):
+def test_links_lead_to_mlflow():
     f = summary_frame([cell(1, dict(a=1), .5, .1)])
     run = f.run_id[0]
     assert run_link(run, '7') == f'http://127.0.0.1:5000/#/experiments/7/runs/{run}' and run_link(run, '') == ''
