@@ -123,7 +123,7 @@ def _run_one(notebook, params, how, as_json):
 
 def _json(d):
     import json
-    return json.dumps(d, indent=1, default=str, ensure_ascii=False)
+    return json.dumps(d, default=str, ensure_ascii=False)   # one line: schedulers keep the last one
 
 # %% ../nbs/90_cli.ipynb #08e1d114
 def _planned(notebook, grid, axes, params, yes):
@@ -260,6 +260,7 @@ def check(
     for nb in notebooks:
         with show_progress(nb.stem) as show: report = check_notebook(nb, execute, texts=split_pairs(p or []), timeout=seconds(timeout) if timeout else None, on_event=show)
         typer.echo(report)
+        if report.stopped: raise typer.Exit(report.exit_code)
         bad = bad or bool(report.exit_code)
     raise typer.Exit(int(bad))
 
@@ -291,9 +292,10 @@ def schedule(
     yes: Annotated[bool, Option('--yes', help='Install it; otherwise it is only shown.')] = False,
 ):
     "Show, and with --yes install, a crontab line or a systemd timer."
-    from genai_lab.hygiene import schedule as plan
+    from genai_lab.hygiene import schedule as plan, upcoming
     s = plan(command, when, kind, name, log=log or None)
     typer.echo(s)
+    typer.echo(f'next: {", ".join(f"{t:%a %d %b %H:%M}" for t in upcoming(s.when))}')
     typer.echo('\n'.join(s.install()) if yes else '\nnothing was installed; --yes does it')
 
 # %% ../nbs/90_cli.ipynb #646fb84c

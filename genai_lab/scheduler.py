@@ -23,7 +23,7 @@ from .grids import cell_label, history
 from .experiments import Job, Stop, all_params, clock, experiment_name, text_columns
 from .notebooks import notebook_fingerprint, read_notebook, redact_values
 from .runs import changed_inputs, find_done, reap
-from .summaries import summary_frame, summary_html, summary_notebook
+from .summaries import summary_frame, summary_html, summary_notebook, told
 from .tracking import Record, ServerAway, connect, identity, new_spool, open_record, params_fingerprint, tracking_errors, tracking_uri
 
 # %% ../nbs/37_scheduler.ipynb #3c68eed6
@@ -91,6 +91,7 @@ class State:
     run_id: str = ''
     params: dict = field(default_factory=dict)
     metrics: dict = field(default_factory=dict)
+    experiment_id: str = ''
     artifact_uri: str = ''
     verdict: str = ''
     seconds: float = 0.
@@ -170,7 +171,7 @@ def perform(
     try: r = job.run()
     except LabError as e: return dict(ended='lab', reason=str(e), retry=not job.spool.ended, run_id=job.record.id if job.record else '')
     return dict(ended=r.ended, reason='\n'.join(r.headline()[:1]) if r.ended == 'cell' and not r.reason else r.reason, retry=r.ended == 'died', run_id=r.run_id, seconds=r.seconds, metrics=r.metrics,
-                memory=r.peak_memory, verdict=r.verdict, artifact_uri=job.record.info.artifact_uri if job.record else '')
+                memory=r.peak_memory, verdict=r.verdict, experiment_id=r.experiment_id, artifact_uri=job.record.info.artifact_uri if job.record else '')
 
 # %% ../nbs/37_scheduler.ipynb #be92333e
 def _how(code): return signal.Signals(-code).name if code < 0 else f'exit code {code}'
@@ -305,7 +306,9 @@ def close(self:Parent,
     frame, spool = result.to_frame(), self.record.spool
     frame.to_csv(spool.path('runs.csv'), index=False)
     atomic_write(spool.path('summary.json'), json.dumps(result.to_dict(), indent=1, default=str))
-    for name, text in (('summary.html', summary_html(frame, self.grid.name)), ('summary.ipynb', json.dumps(summary_notebook(frame, self.grid.name), indent=1))): atomic_write(spool.path(name), text)
+    parts = told(frame, self.grid.name)
+    atomic_write(spool.path('summary.html'), summary_html(frame, self.grid.name, parts=parts))
+    atomic_write(spool.path('summary.ipynb'), json.dumps(summary_notebook(frame, self.grid.name, parts=parts), indent=1))
     for p, copy in self.snapshots.items(): shutil.copyfile(copy, spool.path(f'notebooks/{p.name}'))
     counts, now = result.counts(), int(time.time() * 1000)
     for f in sorted(spool.files.rglob('*')):
@@ -426,7 +429,7 @@ def _was_done(self:Scheduler, s, nb):
 def _recall(self:Scheduler, s, run):
     "Take results from a finished run of MLflow."
     t = run.data.tags
-    s.run_id, s.metrics, s.artifact_uri, s.verdict = run.info.run_id, dict(run.data.metrics), run.info.artifact_uri, t.get('verdict', '')
+    s.run_id, s.metrics, s.artifact_uri, s.experiment_id, s.verdict = run.info.run_id, dict(run.data.metrics), run.info.artifact_uri, run.info.experiment_id, t.get('verdict', '')
     s.seconds, s.memory = float(t.get('seconds', 0)), int(float(t.get('peak_memory_mib', 0)) * 2**20)
 
 # %% ../nbs/37_scheduler.ipynb #a237e516
@@ -448,7 +451,7 @@ def _ended(self:Scheduler, s, m):
     "Note how a run ended: with a result, with a failure, or in a way that deserves another attempt."
     s.run_id, s.seconds = m.get('run_id') or s.run_id, m.get('seconds', time.monotonic() - s.began)
     s.memory = max(s.memory, m.get('memory', 0))
-    s.metrics, s.verdict, s.artifact_uri = m.get('metrics', {}), m.get('verdict', ''), m.get('artifact_uri', '')
+    s.metrics, s.verdict, s.artifact_uri, s.experiment_id = m.get('metrics', {}), m.get('verdict', ''), m.get('artifact_uri', ''), m.get('experiment_id', '')
     if m['ended'] == 'finished': return self._over(s, 'finished', '')
     if m['retry'] and s.attempts <= self.retries and not self.why_stop:
         s.status, s.reason = 'waiting', m['reason']
@@ -572,7 +575,7 @@ class GridResult:
 def to_frame(self:GridResult):
     "One row a cell: status, reason, parameters, metrics."
     return summary_frame([dict(index=s.cell.index, step=s.cell.step, notebook=s.cell.path.name, params=redact_values(s.params or s.cell.params), status=s.status, reason=s.reason or s.looked, seconds=s.seconds, memory=s.memory,
-                               attempts=s.attempts, metrics=s.metrics, run_id=s.run_id, verdict=s.verdict) for s in self.states])
+                               attempts=s.attempts, metrics=s.metrics, run_id=s.run_id, experiment_id=s.experiment_id, verdict=s.verdict) for s in self.states])
 
 @patch
 def to_dict(self:GridResult):
