@@ -223,7 +223,8 @@ def _why_dead(run, limit, all_hosts):
     if 'pid' not in t: return ''
     if t.get('host') == socket.gethostname():
         if not is_alive(t['pid'], t.get('pid.started')): return 'its process is gone'
-        return 'its scheduler is gone' if t.get('scheduler.pid') and not is_alive(t['scheduler.pid'], t.get('scheduler.started')) else ''
+        watched = t.get('scheduler.pid') and t.get('scheduler.host', t['host']) == t['host']   # a scheduler elsewhere cannot be seen from here
+        return 'its scheduler is gone' if watched and not is_alive(t['scheduler.pid'], t.get('scheduler.started')) else ''
     heard = float(t['heartbeat']) if 'heartbeat' in t else run.info.start_time / 1000 if all_hosts else now
     return f'no sign of life from {t.get("host")} for {clock(now - heard)}' if now - heard > limit else ''
 

@@ -8,7 +8,7 @@ __all__ = ['Slot', 'machine_gpus', 'chosen_gpus', 'make_slots', 'State', 'fits',
            'run_grid', 'show_board']
 
 # %% ../nbs/37_scheduler.ipynb #c93b19a2
-import html, json, os, queue, shutil, signal, statistics, subprocess, sys, tempfile, threading, time
+import html, json, os, queue, shutil, signal, socket, statistics, subprocess, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -20,7 +20,7 @@ from fastcore.basics import patch
 # %% ../nbs/37_scheduler.ipynb #69e3db6b
 from .core import LabError, atomic_write, disk_errors, library_fingerprint, plural, provenance, redact, settings, show_frame
 from .grids import cell_label, history
-from .experiments import Job, Stop, all_params, clock, experiment_name, text_columns
+from .experiments import Job, Stop, _mlflow_hint, _shown, all_params, clock, experiment_name, text_columns
 from .notebooks import notebook_fingerprint, read_notebook, redact_values
 from .runs import changed_inputs, find_done, reap
 from .summaries import summary_frame, summary_html, summary_notebook, told
@@ -266,14 +266,14 @@ class Parent:
 def _open(self:Parent, resume):
     "A new run in MLflow, or the earlier one again."
     me = psutil.Process()
-    told = {'grid': self.grid.name, 'grid.key': self.grid.key, 'grid.runs': str(self.grid.total), 'scheduler.pid': str(me.pid), 'scheduler.started': f'{me.create_time():.2f}'}
+    told = {'grid': self.grid.name, 'grid.key': self.grid.key, 'grid.runs': str(self.grid.total), 'scheduler.host': socket.gethostname(), 'scheduler.pid': str(me.pid), 'scheduler.started': f'{me.create_time():.2f}'}
     earlier = self._earlier()
     if earlier and earlier.info.status == 'RUNNING':
         raise LabError(f'the grid "{self.grid.name}" is already running (process {earlier.data.tags.get("pid")} on {earlier.data.tags.get("host")}); wait for it, or end it first')
     spool, tags = new_spool(self.s), provenance() | told | {'launcher': 'genai-lab run', 'mlflow.source.type': 'JOB'}
     if earlier and resume: self.record = self._again(earlier, spool, tags)
     else: self.record = open_record(self.experiment, f'grid {self.grid.name}', tags, spool, self.s)
-    self.tags = {'mlflow.parentRunId': self.record.id, 'grid': self.grid.name, **{k: told[k] for k in ('scheduler.pid', 'scheduler.started')}}
+    self.tags = {'mlflow.parentRunId': self.record.id, 'grid': self.grid.name, **{k: told[k] for k in ('scheduler.host', 'scheduler.pid', 'scheduler.started')}}
 
 @patch
 def _again(self:Parent, run, spool, tags):
@@ -318,6 +318,8 @@ def close(self:Parent,
     self.record.deliver(tell=lambda line: print(line, file=sys.stderr))
     if not spool.rest: spool.remove()
     shutil.rmtree(self.folder, ignore_errors=True)
+    root = self.record.folder or self.record.info.artifact_uri
+    result.files = dict(summary=_shown(root, 'summary.html'), notebook=_shown(root, 'summary.ipynb'), MLflow=_mlflow_hint(self.record))
 
 # %% ../nbs/37_scheduler.ipynb #0edf45df
 def already_done(
@@ -558,6 +560,7 @@ class GridResult:
     run_id: str      # of the parent run
     stopped: str = ''# why nothing more was started, where that was so
     notes: list = () # sentences, such as why a search ended early
+    files: dict = field(default_factory=dict) # what: where
 
     def counts(self): return {k: sum(s.status == k for s in self.states) for k in ('finished', 'done', 'failed', 'skipped')}
     @property
@@ -580,7 +583,7 @@ def to_frame(self:GridResult):
 @patch
 def to_dict(self:GridResult):
     "The summary that `--json` prints."
-    return dict(grid=self.name, run_id=self.run_id, seconds=round(self.seconds, 1), stopped=self.stopped, exit_code=self.exit_code, notes=list(self.notes), **self.counts(),
+    return dict(grid=self.name, run_id=self.run_id, seconds=round(self.seconds, 1), stopped=self.stopped, exit_code=self.exit_code, notes=list(self.notes), files=self.files, **self.counts(),
                 runs=[dict(cell=s.cell.index, step=s.cell.step, params=redact_values(s.params or s.cell.params), status=s.status, reason=s.reason or s.looked, run_id=s.run_id, seconds=round(s.seconds, 1), attempts=s.attempts, metrics=s.metrics) for s in self.states])
 
 # %% ../nbs/37_scheduler.ipynb #4f09a328
@@ -589,7 +592,7 @@ def __str__(self:GridResult):
     "Failures first, then the rest."
     order = {k: i for i, k in enumerate(('failed', 'skipped', 'finished', 'done'))}
     rows = [[str(s.cell.index), s.status, s.label[:60], clock(s.seconds), ((s.verdict if s.good else '') or s.reason or s.looked).partition('\n')[0][:80]] for s in sorted(self.states, key=lambda s: (order[s.status], s.cell.index))]
-    return '\n'.join([*text_columns(['cell', 'status', 'parameters', 'time', 'result'], rows[:50]), *([f'… and {len(rows) - 50} more'] if len(rows) > 50 else []), *(f'note: {n}' for n in self.notes), '', self.headline()])
+    return '\n'.join([*text_columns(['cell', 'status', 'parameters', 'time', 'result'], rows[:50]), *([f'… and {len(rows) - 50} more'] if len(rows) > 50 else []), *(f'note: {n}' for n in self.notes), '', self.headline(), *(f'  {k:9} {v}' for k, v in self.files.items())])
 
 @patch
 def _repr_html_(self:GridResult): return f'<p><strong>{html.escape(self.headline())}</strong></p>{show_frame(self.to_frame())}'
