@@ -20,9 +20,9 @@ def write(folder, text):
 
 def test_every_lab_key_is_overridden_by_its_variable(tmp_path, monkeypatch):
     write(tmp_path, '[lab]\nseed = 1\n')
-    values = dict(tracking_uri='sqlite:///other.db', artifact_root='elsewhere', default_model='m', cache_dir='/c', seed='5', workers='3', request_timeout='1.5', run_timeout='9')
+    values = dict(tracking_uri='sqlite:///other.db', artifact_root='elsewhere', default_model='m', cache_dir='/c', seed='5', workers='3', request_timeout='1.5', run_timeout='9.0', server_patience='7.5', heartbeat_limit='30.0')
     for k, v in values.items(): monkeypatch.setenv(f'GENAI_LAB_{k.upper()}', v)
-    assert {k: str(v) for k, v in settings(tmp_path).lab.model_dump().items()} == {**values, 'run_timeout': '9.0'}
+    assert {k: str(v) for k, v in settings(tmp_path).lab.model_dump().items()} == values
 
 
 def test_mlflow_tracking_uri_is_honoured(tmp_path, monkeypatch):
