@@ -362,16 +362,23 @@ _take_away = 'take it out of the file, read it from the environment (os.environ)
 
 @rule('secret', 'holds no secrets')
 def _secret(book):
-    number = {id(c.raw): c.number for c in book.cells}
+    number, seen = {id(c.raw): c.number for c in book.cells}, set()
     for c in book.nb['cells']:
         n = number.get(id(c))
-        for line in _lines_with_secrets(c['source']): yield n, line if n else None, f'this looks like a secret{"" if n else " (in a cell that is no code)"}; {_take_away}'
+        for line in _lines_with_secrets(c['source']):
+            seen.add((n, line))
+            yield n, line if n else None, f'this looks like a secret{"" if n else " (in a cell that is no code)"}; {_take_away}'
         if any(_lines_with_secrets(_output_text(o)) for o in c.get('outputs', [])): yield n, None, 'an output shows what looks like a secret; do not print it, clear the output, and change the key if the notebook was shared'
     for c in book.parsed:
-        for line, name in _given_secrets(c.tree): yield c.number, line, f'a value is written down under the name "{name}"; {_take_away}'
-        for line, text in c.magics:
-            if any(is_secret_name(k) for k, v in re.findall(r'(\w+)=([^\s$]{6,})', text)): yield c.number, line, f'a secret is set here; {_take_away}'
+        for line, message in _named_secrets(c):
+            if (c.number, line) not in seen: yield c.number, line, f'{message}; {_take_away}'
     if _lines_with_secrets(json.dumps(book.nb.get('metadata', {}))): yield None, None, f'the metadata of the notebook hold what looks like a secret; {_take_away}'
+
+def _named_secrets(c):
+    "(line, what it is) of values that stand under a secret-looking name in a cell."
+    for line, name in _given_secrets(c.tree): yield line, f'a value is written down under the name "{name}"'
+    for line, text in c.magics:
+        if any(is_secret_name(k) for k, v in re.findall(r'(\w+)=([^\s$]{6,})', text)): yield line, 'a secret is set here'
 
 # %% ../nbs/33_hygiene.ipynb #fe9336e9
 _seeders = {'random.seed': 'random', 'numpy.random.seed': 'numpy', 'torch.manual_seed': 'torch', 'torch.cuda.manual_seed_all': 'torch'}

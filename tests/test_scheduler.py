@@ -204,7 +204,7 @@ def test_the_command_prints_one_json_object(tmp_path):
 def test_on_a_terminal_there_is_a_table_of_what_runs(tmp_path):
     import pty
     main, end = pty.openpty()
-    p = subprocess.Popen([sys.executable, '-c', 'from genai_lab.cli import main; main()', 'run', str(notebook(tmp_path, 'import time\ntime.sleep(4)', log_n)), '-g', 'n=1,2', '--workers', '2'],
+    p = subprocess.Popen([sys.executable, '-c', 'from genai_lab.cli import main; main()', 'run', str(notebook(tmp_path, 'import time', 'time.sleep(4)', log_n)), '-g', 'n=1,2', '--workers', '2'],
                          cwd=tmp_path, stdout=subprocess.PIPE, stderr=end, text=True, start_new_session=True, env={**os.environ, 'TERM': 'xterm', 'COLUMNS': '140'})
     os.close(end)
     seen = b''
