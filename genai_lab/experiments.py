@@ -8,7 +8,7 @@ __all__ = ['exit_codes', 'CellFailure', 'Kernel', 'check_kernel', 'Stop', 'stop_
            'PlainProgress', 'LiveProgress', 'show_progress']
 
 # %% ../nbs/31_experiments.ipynb #ea5faec5
-import ast, asyncio, html, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
+import ast, asyncio, html, json, logging, os, queue, re, shutil, signal, sys, tempfile, threading, time
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -89,12 +89,19 @@ def ready(self:Kernel,
         self.kc = self.km.client()
         self.kc.start_channels()
         self.kc.allow_stdin = False
-        answer = asyncio.ensure_future(self.kc.wait_for_ready(timeout=None))
-        while not answer.done() and not over() and time.monotonic() < limit: await asyncio.wait([answer], timeout=.1)
-        if answer.done(): answer.result()
-        else: answer.cancel()
-        return answer.done() and not answer.cancelled()
-    with suppress(RuntimeError): return run_sync(wait)()   # "Kernel died before replying"
+        while not over() and self.alive() and time.monotonic() < limit:
+            if await self._answers(): return True
+        return False
+    return run_sync(wait)()
+
+@patch
+async def _answers(self:Kernel):
+    "Ask the kernel who it is; it is ready when the answer comes and its output does too."
+    self.kc.kernel_info()
+    with suppress(queue.Empty):
+        while (await self.kc.get_shell_msg(timeout=.3))['msg_type'] != 'kernel_info_reply': pass
+        await self.kc.get_iopub_msg(timeout=.2)
+        return True
     return False
 
 # %% ../nbs/31_experiments.ipynb #31082d09
@@ -138,7 +145,7 @@ def end(self:Kernel,
 ):
     "End the kernel and its whole family."
     async def shut():
-        if gently and self.alive(): await self.km.finish_shutdown()
+        if gently and self.alive(): await self.km.finish_shutdown(pollinterval=.02)
         self._kill()
         if self.kc: self.kc.stop_channels()
         with suppress(Exception): await self.km.cleanup_resources()
@@ -448,8 +455,9 @@ class Job:
         nb=None,       # dict of the notebook, where it was read before; None: read it
         env=None,      # dict of environment variables for the kernel, on top of those of this process
         tags=None,     # dict of tags for the run in MLflow
+        leaving=None,  # list of threads in which earlier kernels end: the first cell waits for them, and this kernel will end in one too; None: the run waits for its kernel's end
     ):
-        self.path, self.nb, self.env, self.tags = Path(path), nb or read_notebook(path), env or {}, tags or {}
+        self.path, self.nb, self.env, self.tags, self.leaving = Path(path), nb or read_notebook(path), env or {}, tags or {}, leaving
         if not code_cells(self.nb): raise LabError(f'{path} has no code to run')
         self.given, self.s = bind(self.nb, path, texts, params), lab_of(path)
         self.known = all_params(self.nb, self.given, path)
@@ -512,6 +520,7 @@ def _start(self:Job):
     if opening.is_alive() and self._new_database(): self.watch.tell('start', 'making the tracking database (once)')
     while opening.is_alive(): opening.join(.05)
     if self.error: raise self.error
+    while self.leaving: self.leaving.pop().join()
     if not ready: self.watch.why = self.watch.over() or 'died'
     if not self.watch.over(): self._connect()
 
@@ -582,7 +591,16 @@ def run(self:Job): # RunResult
             self._let_go()
             return self._finish()
         except BaseException as e: self._give_up(e); raise
-        finally: self.watch.kernel and self.watch.kernel.end(gently=self.watch.why is None); self._tidy()
+        finally: self._end_kernel(); self._tidy()
+
+@patch
+def _end_kernel(self:Job):
+    "End the kernel now, or in a thread when nobody has to wait for it."
+    kernel, gently = self.watch.kernel, self.watch.why is None
+    if kernel is None: return
+    if self.leaving is None or not gently: return kernel.end(gently)
+    self.leaving.append(threading.Thread(target=kernel.end, name='kernel-end'))
+    self.leaving[-1].start()
 
 # %% ../nbs/31_experiments.ipynb #f3110225
 @patch
@@ -592,8 +610,12 @@ def _let_go(self:Job):
     kernel.sample_memory()
     self.peak, self.code = kernel.peak, kernel.process.poll()
     if self.watch.why: return kernel.end(gently=False)
-    with suppress(Exception): kernel.run_silently("import sys; 'genai_lab.core' in sys.modules and __import__('genai_lab.tracking').tracking.say_inputs()")
+    with suppress(Exception): kernel.run_silently(_last_words)
     kernel.ask_to_end()
+
+_last_words = """import sys
+'genai_lab.core' in sys.modules and __import__('genai_lab.tracking').tracking.say_inputs()
+for s in sys.stdout, sys.stderr: s.flush_timeout = .1"""
 
 @patch
 def _file(self:Job, ending): return self.spool.files/f'{self.path.stem}{ending}'

@@ -144,13 +144,13 @@ def work():
     "The life of a worker: jobs come in on standard input, a line of JSON each; what happens goes out on standard output."
     out = os.fdopen(os.dup(1), 'w')
     os.dup2(2, 1)
-    lock, inbox = threading.Lock(), _Inbox()
+    lock, inbox, leaving = threading.Lock(), _Inbox(), []
     def say(**m):
         with lock, suppress(BrokenPipeError): print(json.dumps(m, default=str), file=out, flush=True)
     while (m := inbox.jobs.get()) is not None:
         inbox.stop = Stop()
         if inbox.gone: break
-        say(event='end', **perform(m, inbox.stop, lambda **k: say(event='news', **k)))
+        say(event='end', **perform(m, inbox.stop, lambda **k: say(event='news', **k), leaving))
         inbox.stop = None
 
 # %% ../nbs/37_scheduler.ipynb #5bf8bdf8
@@ -158,6 +158,7 @@ def perform(
     m,    # dict: path, snapshot, params, name, timeout, kernel, env, tags
     stop, # Stop
     news, # called with run_id, cell, cells, line, memory and run_dir while it runs
+    leaving=None, # list of threads in which kernels end, see `Job`
 ): # dict: ended, reason, retry, run_id, seconds, metrics, memory, verdict, artifact_uri
     "Run one notebook of a grid."
     last = [0.]
@@ -166,7 +167,7 @@ def perform(
         last[0] = time.monotonic()
         r, k = job.record, job.watch.kernel
         news(run_id=r.id if r else '', cell=e.cell, cells=e.cells, line=e.line, memory=k.peak if k else 0, run_dir=str(job.folder))
-    try: job = Job(m['path'], m['params'], name=m['name'], timeout=m['timeout'], kernel=m['kernel'], on_event=tell, stop=stop, nb=read_notebook(m['snapshot']), env=m['env'], tags=m['tags'])
+    try: job = Job(m['path'], m['params'], name=m['name'], timeout=m['timeout'], kernel=m['kernel'], on_event=tell, stop=stop, nb=read_notebook(m['snapshot']), env=m['env'], tags=m['tags'], leaving=leaving)
     except LabError as e: return dict(ended='lab', reason=str(e), retry=False)
     try: r = job.run()
     except LabError as e: return dict(ended='lab', reason=str(e), retry=not job.spool.ended, run_id=job.record.id if job.record else '')

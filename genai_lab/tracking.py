@@ -196,9 +196,22 @@ def connect(
     import mlflow
     if uri.startswith(('http', 'file:')):
         with tracking_errors(uri): return mlflow.MlflowClient(uri)
+    if (known := _clients.get(uri)) and known[0] == _database_file(uri): return known[1]
     from filelock import FileLock
     with disk_errors(s.cache): s.cache.mkdir(parents=True, exist_ok=True)
-    with FileLock(s.cache/f'mlflow-{fingerprint(uri)}.lock'), tracking_errors(uri): check_schema(uri); return mlflow.MlflowClient(uri)
+    with FileLock(s.cache/f'mlflow-{fingerprint(uri)}.lock'), tracking_errors(uri):
+        check_schema(uri)
+        client = mlflow.MlflowClient(uri)
+    if file := _database_file(uri): _clients[uri] = file, client
+    return client
+
+_clients = {}   # clients of SQLite databases that were found in order, by URI
+
+def _database_file(uri):
+    "What tells a file of SQLite from another one that takes its place; None for other databases."
+    if not uri.startswith('sqlite:///') or not os.path.exists(uri[10:]): return None
+    st = os.stat(uri[10:])
+    return st.st_dev, st.st_ino, os.getpid()
 
 # %% ../nbs/30_tracking.ipynb #17c9bcd6
 def experiment_id(
