@@ -15,7 +15,7 @@ from fastcore.basics import patch
 # %% ../nbs/39_cluster.ipynb #8c037443
 from .core import LabError, plural, settings
 from .experiments import Stop
-from .scheduler import Slot, _thread_variables, perform
+from .scheduler import Slot, perform
 from .tracking import tracking_uri
 
 # %% ../nbs/39_cluster.ipynb #d30df2de
@@ -139,7 +139,7 @@ def job(self:RayPool, worker, job):
     if path.is_relative_to(self.root): path = path.relative_to(self.root)
     uri, root = tracking_uri(self.s), self.s.lab.artifact_root
     lab = dict(GENAI_LAB_TRACKING_URI=uri, GENAI_LAB_ARTIFACT_ROOT=root if '://' in root else str(self.s.path(root)))
-    return job | dict(path=str(path), notebook=Path(job['snapshot']).read_text(encoding='utf-8'), lab=lab, env=dict.fromkeys(_thread_variables, str(self.threads)))
+    return job | dict(path=str(path), notebook=Path(job['snapshot']).read_text(encoding='utf-8'), lab=lab, env=Slot(0, self.threads).env)
 
 @patch
 def free(self:RayPool): return [w for w in self.workers if w.state is None]

@@ -13,7 +13,8 @@ from genai_lab import reproduce as module
 from genai_lab.core import LabError, forget_inputs, git_patch, input_fingerprint, inputs, library_fingerprint, path_fingerprint
 from genai_lab.data import load_frame
 from genai_lab.experiments import run_notebook
-from genai_lab.reproduce import compare_frames, compare_metrics, diff, find_run, reproduce
+from genai_lab.reproduce import compare_frames, compare_metrics, diff, reproduce
+from genai_lab.runs import find_run
 from genai_lab.tracking import connect, local_path, open_record, Spool
 
 
@@ -177,9 +178,9 @@ def test_everything_that_can_be_missing_is_one_line(repo, tmp_path, monkeypatch)
     def refused(run_id, words, **kw):
         with pytest.raises(LabError, match=words) as e: reproduce(run_id, **kw)
         assert '\n' not in str(e.value)
-    refused('0' * 32, 'there is no run "0{32}".* "genai-lab runs" lists the runs')
-    refused(first.run_id[:-1] + 'x', f'Did you mean "{first.run_id}"')
-    refused("x' OR 1=1", 'there is no run')
+    refused('0' * 32, 'there is no run 0{32}.* genai-lab runs lists them')
+    refused(first.run_id[:-1] + ('0' if first.run_id[-1] != '0' else '1'), f'Did you mean "{first.run_id}"')
+    refused("x' OR 1=1", 'is no id')
     refused(recorded('running', 'RUNNING'), 'is still running on')
     refused(recorded('failed', 'FAILED', failure='cell 3 of 4 raised KeyError'), r'did not finish \(FAILED: cell 3 of 4 raised KeyError\)')
     refused(recorded('script'), 'has no notebook attached')
@@ -235,7 +236,7 @@ def test_ids_are_found_by_their_beginning(mlflow_home, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path / 'x')
     ids = [recorded(str(i)) for i in range(3)]
     assert find_run(connect(), ids[2][:10]).info.run_id == ids[2]
-    with pytest.raises(LabError, match='there is no run'): find_run(connect(), ids[0][:3])
+    with pytest.raises(LabError, match='is no id'): find_run(connect(), ids[0][:3])
 
 
 def test_the_environment_is_put_back(monkeypatch):
