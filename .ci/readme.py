@@ -16,7 +16,7 @@ def render():
     hide = RegexRemovePreprocessor(patterns=[r'^\s*#\|\s*hide\b'])
     nb, _ = hide.preprocess(nb, {})
     text, _ = MarkdownExporter(config=Config()).from_notebook_node(nb)
-    text = re.sub(r'\]\((?=images/|\d\d_)', '](nbs/', text)   # the notebook sits one folder deeper
+    text = re.sub(r'\]\((?=images/|tutorials/|\d\d_)', '](nbs/', text)   # the notebook sits one folder deeper
     lines = [l.rstrip() for l in text.splitlines() if not l.startswith('#|')]
     return '\n'.join(lines).strip() + '\n'
 
