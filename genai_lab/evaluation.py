@@ -290,6 +290,7 @@ def evaluate(
     "Ask the model every question of the task and judge the answers."
     _check_metrics(task)
     prompt = prompt or task.prompt
+    if hasattr(prompt, 'guarded'): prompt = prompt.guarded(model)
     needs = dict(generate='generate', perplexity='rolling').get(task.output, 'loglikelihood')
     if not model.can(needs): raise LabError(f'{task.where} needs {needs}, which model "{model.name}" cannot do; take a local model, or output="generate"')
     chat = bool(getattr(task, 'chat', model.chat)) if chat is None else chat

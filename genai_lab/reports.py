@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['colours', 'use_style', 'Picture', 'canvas', 'guessing', 'plot_metric', 'plot_differences', 'confusion_table',
-           'plot_confusion', 'plot_slices', 'calibration', 'plot_calibration', 'result_table', 'Html', 'statuses',
-           'disagreement_table', 'pack', 'shared_ends', 'likeliest', 'fitting_length', 'browser_data', 'browser_page',
-           'browse']
+           'plot_confusion', 'plot_slices', 'plot_sensitivity', 'calibration', 'plot_calibration', 'result_table',
+           'Html', 'statuses', 'disagreement_table', 'pack', 'shared_ends', 'likeliest', 'fitting_length',
+           'browser_data', 'browser_page', 'browse']
 
 # %% ../nbs/32_reports.ipynb #a45ae3b1
 import base64, gzip, html, io, json, math, os, re, textwrap, warnings
@@ -459,6 +459,43 @@ def plot_slices(
     facts = f'{_said(metric)} by {_short(column)} · n = {plural(int(slices.n.sum()), "sample")} · {100 * level:g}% intervals'
     fig, ax = canvas(title or _slices_title(slices, column, metric, told, share), facts, note, .75 + .42 * len(s))
     with use_style(): _draw_slices(ax, s, column, metric, told, share, mean)
+    return fig
+
+# %% ../nbs/32_reports.ipynb #83572e02
+def _moved_title(s):
+    told = [(e.value, f) for f, e in s.parts.items() if e.low > 0 and f in s.advice_for]
+    if not told: return f'What the prompt should not depend on moves {_said(s.metric)} by no more than noise might'
+    value, f = max(told)
+    name = dict(order='order of examples', labels='wording of labels', paraphrase='phrasing').get(f, f)
+    return f'The {name} alone moves {_said(s.metric)} by ±{100 * value:.1f} points'
+
+def _draw_moved(ax, s):
+    right = []
+    for y, (f, e) in enumerate(s.parts.items()):
+        v = s.variants.value[s.variants.factor.isin(['', f])]
+        colour = colours['main' if e.low > 0 else 'quiet']
+        ax.plot([v.mean() - e.value, v.mean() + e.value], [y, y], color=colour, lw=3, alpha=.45, solid_capstyle='round', zorder=3)
+        ax.plot(v, [y] * len(v), 'o', ms=6, mfc=colour if e.low > 0 else 'white', mec=colour, mew=1.2, alpha=.8, zorder=4)
+        right.append(f'±{100 * e.value:.1f}  [{100 * e.low:.1f}, {100 * e.high:.1f}]')
+    _rows(ax, list(s.parts), right)
+    ax.axvline(s.base.value, color=colours['text'], lw=1.2, ls=(0, (4, 3)), zorder=2)
+    ax.text(s.base.value, 1.02, f'as written {_number(s.base.value, True)}', transform=ax.get_xaxis_transform(), ha='center', va='bottom', size=9, color=colours['faint'])
+    ends = [*s.variants.value, *(x for f, e in s.parts.items() for m in [s.variants.value[s.variants.factor.isin(['', f])].mean()] for x in (m - e.value, m + e.value))]
+    ax.set_xlim(*_limits(ends, True))
+    ax.set_xlabel(_said(s.metric))
+    _percent_axis(ax.xaxis)
+
+# %% ../nbs/32_reports.ipynb #3b7bbf1c
+def plot_sensitivity(
+    s,        # Sensitivity
+    title='', # empty: the finding
+): # Picture
+    "How far each factor moves the metric, one row a factor."
+    level = 100 * s.base.level
+    facts = f'{_short(s.task)} · n = {plural(s.rows, "sample")} under each of {plural(len(s.variants), "variant")} · standard deviation in points with its {level:g}% interval'
+    note = 'Filled: more than the noise of the samples. Dashed: the prompt as written.' + (f' A gain smaller than {100 * s.safe_gain():.1f} points is not safe.' if s.safe_gain() else '')
+    fig, ax = canvas(title or _moved_title(s), facts, note, .9 + .5 * len(s.parts))
+    with use_style(): _draw_moved(ax, s)
     return fig
 
 # %% ../nbs/32_reports.ipynb #6d365480

@@ -95,7 +95,7 @@ def task_record(
     meta = config.metadata if config is not None and isinstance(config.metadata, dict) else {}
     prints = {k: ev.fingerprints.get(k, '') for k in ('model', 'data', 'prompt', 'task')} | dict(code=core.code_fingerprint())
     return dict(alias=config.task_alias if config is not None else '', file=str(t.file.path) if config is not None else '', version=str(meta.get('version', '')), output_type=config.output_type if config is not None else t.output,
-                num_fewshot=t.shots if config is not None else len(t.prompt.examples) if t.prompt else 0, chat_template=bool(getattr(t, 'chat', False)),
+                num_fewshot=t.shots if config is not None else t.prompt.n_shots if t.prompt else 0, chat_template=bool(getattr(t, 'chat', False)),
                 n=dict(attempted=ev.n.attempted, scored=ev.n.scored, failed=ev.n.failed), metrics={m: metric_record(ev, m) for m in ev.metrics},
                 failures=[dict(reason=redact(r.reason), samples=int(r.samples)) for r in ev.failures().itertuples()], fingerprints=prints, timing=timing,
                 notes=[*getattr(t, 'notes', ()), *remarks], samples=file_name(t.name))

@@ -396,7 +396,7 @@ def swapped_totals(
     n, seeds = int(counts.sum()), np.random.SeedSequence(seed)
     each = np.repeat(diffs, counts, axis=0)
     if 2**min(n, 60) <= n_resamples:
-        return ((np.arange(2**n)[:, None] >> np.arange(n)) & 1) @ each.reshape(n, -1), True
+        return ((np.arange(2**n)[:, None] >> np.arange(n)) & 1) @ each, True
     if len(counts) * 100 < n * diffs.shape[1]: return _counted_totals(lambda rng, b: rng.binomial(counts, .5, size=(b, len(counts))), diffs, n_resamples, seeds), False
     parts = np.array_split(each, -(-n // 4096))
     return sum(_work(_byte_totals, [(p, n_resamples, s) for p, s in zip(parts, seeds.spawn(len(parts)))], n * n_resamples > 3_000_000)), False

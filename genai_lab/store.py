@@ -19,7 +19,7 @@ from filelock import FileLock
 # %% ../nbs/05_store.ipynb #d389c260
 from .core import LabError, closest, disk_errors, plural, redact, settings, show_frame
 from .generation import Generation
-from .models import Usage, load_model, render_chat
+from .models import Usage, load_model, render_chat, without_tokens
 from .scoring import Score
 
 # %% ../nbs/05_store.ipynb #0c320bd9
@@ -357,7 +357,7 @@ def model_card(
     "What a store has to know of a model to stand in for it."
     get = lambda k, default=None: getattr(model, k, default)
     return dict(name=model.name, fingerprint=model.fingerprint, kind=type(model).__name__, context_length=get('context_length'), chat=bool(get('chat', False)),
-                price_in=get('price_in', 0), price_out=get('price_out', 0), template=get('chat_template', ''), tokens=get('special_tokens', {}))
+                price_in=get('price_in', 0), price_out=get('price_out', 0), template=get('chat_template', ''), tokens=get('special_tokens', {}), control=list(get('control_tokens', ())), turn=list(get('turn_tokens', ())))
 
 # %% ../nbs/05_store.ipynb #30e9c7d0
 @patch
@@ -529,8 +529,20 @@ def render(self: RememberedModel, messages # list of {"role", "content"}
           ): # text
     "Messages through the chat template, which the store remembers too."
     if self.inner is not None: return self.inner.render(messages)
+    return self.render_as_is(without_tokens(messages, self.card.get('turn', ())))
+
+@patch
+def render_as_is(self: RememberedModel, messages # list of {"role", "content"}
+          ): # text
+    "Messages through the chat template, special tokens in their contents and all."
+    if self.inner is not None: return getattr(self.inner, 'render_as_is', self.inner.render)(messages)
     if not self.card['template']: raise LabError(f'model {self.name} has no chat template; give it plain text')
     return render_chat(self.card['template'], messages, self.card['tokens'])
+
+@patch(as_prop=True)
+def control_tokens(self: RememberedModel):
+    "The tokens that text may not hold, as the model or its card says."
+    return getattr(self.inner, 'control_tokens', ()) if self.inner is not None else tuple(self.card.get('control', ()))
 
 # %% ../nbs/05_store.ipynb #42918f18
 @patch

@@ -440,7 +440,11 @@ def _send_dataset(self:Record, d):
     "Note which data a run used."
     from mlflow.entities import Dataset, DatasetInput, InputTag
     data = Dataset(name=d['name'], digest=d['digest'], source_type='genai_lab', source=json.dumps(dict(task=d['name'])), profile=json.dumps(dict(num_rows=d['rows'])))
-    self.client.log_inputs(self.id, [DatasetInput(data, [InputTag('mlflow.data.context', d.get('context', 'evaluation'))])])
+    note = lambda: self.client.log_inputs(self.id, [DatasetInput(data, [InputTag('mlflow.data.context', d.get('context', 'evaluation'))])])
+    try: note()
+    except Exception as e:
+        if 'UNIQUE' not in str(e).upper() and 'DUPLICATE' not in str(e).upper(): raise
+        note()   # another process has noted the same data at the same moment
 
 # %% ../nbs/30_tracking.ipynb #2192f485
 @patch

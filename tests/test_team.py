@@ -237,6 +237,19 @@ def test_sixteen_writers_of_a_thousand_metrics_lose_nothing(where, request, monk
     assert [sum(len(client.get_metric_history(r.info.run_id, 'loss')) for r in found)] == [16_000]
 
 
+def test_of_four_processes_exactly_one_moves_an_alias_and_one_registers(database, monkeypatch):
+    from test_registry import full, load, plain, race, register, replace, set_alias
+    use(monkeypatch, database)
+    for i in range(5): register(replace(plain, system=str(i)))
+    set_alias('tone', 'champion', 1)
+    done = subprocess.run([sys.executable, '-c', race], capture_output=True, text=True, timeout=120)
+    alias, new = (line.split() for line in done.stdout.splitlines())
+    assert sorted(alias) == sorted(new) == ['0', '3', '3', '3'], done.stdout + done.stderr
+    assert load('tone@champion').version == 2 + alias.index('0')
+    register(full, tags=dict(evidence='x' * 60_000))
+    assert load('full').prompt == full
+
+
 # servers that go away
 
 def test_a_server_that_is_killed_and_comes_back_has_lost_nothing(server, monkeypatch):
