@@ -1441,6 +1441,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'genai_lab.optimize._as_prompt': ('optimize.html#_as_prompt', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._asked': ('optimize.html#_asked', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._behind': ('optimize.html#_behind', 'genai_lab/optimize.py'),
+                                    'genai_lab.optimize._bias_words': ('optimize.html#_bias_words', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._blank_rows': ('optimize.html#_blank_rows', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._check_labels': ('optimize.html#_check_labels', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._check_metric': ('optimize.html#_check_metric', 'genai_lab/optimize.py'),

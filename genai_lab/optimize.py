@@ -1031,7 +1031,7 @@ class Optimization:
     table: pd.DataFrame      # the candidates, see `candidates`
     refused: pd.DataFrame    # what was not tried: source, reason, detail, text
     history: pd.DataFrame    # which candidate met how many samples, in order
-    spent: dict              # calls, tokens and money counted against the budget; new: calls answered by the model in this session
+    spent: dict              # calls, tokens and money counted against the budget; new: requests that the model answered this time, the others were remembered
     parts: dict              # rows in each part
     seen: dict               # columns and keys of all rows looked at, for `promote`
     settings: dict           # what decides the search: seed, metric, fingerprints …
@@ -1241,7 +1241,7 @@ def plot_race(
         c = colours['right'] if r.chosen else colours['wrong'] if r.id == 0 else colours['main']
         ax.plot(r.samples, scale * r.selection, 'o', ms=9 if r.chosen or r.id == 0 else 6, color=c, alpha=1 if r.chosen or r.id == 0 else .45, zorder=3 if r.chosen or r.id == 0 else 2)
     _name_points(ax, [(t.samples.iloc[0], scale * t.selection.iloc[0], 'start', colours['wrong'])] + [(r.samples, scale * r.selection, 'chosen', colours['right']) for r in t[t.chosen].itertuples() if r.id])
-    ax.set_xlabel('samples of the selection part that it met'); ax.set_ylabel(f'{o.settings["metric"]} there' + (', %' if scale == 100 else ''))
+    ax.set_xticks(sorted(t.samples.unique())); ax.set_xlabel('samples of the selection part that it met'); ax.set_ylabel(f'{o.settings["metric"]} there' + (', %' if scale == 100 else ''))
     return fig
 
 def _name_points(ax, points):
@@ -1258,10 +1258,17 @@ def plot_pareto(
     ax.plot(t.tokens, scale * t.expected, 'o', color=colours['quiet'], alpha=.5, ms=6)
     ax.step(front.tokens, scale * front.expected, where='post', color=colours['main'], lw=2); ax.plot(front.tokens, scale * front.expected, 'o', color=colours['main'], ms=7)
     _name_points(ax, [(r.tokens, scale * r.expected, 'start' if r.id == 0 else 'chosen', colours['wrong' if r.id == 0 else 'right']) for r in t.itertuples() if r.id == 0 or r.chosen])
-    ax.set_xscale('log'); ax.set_xlabel('tokens of a prompt'); ax.set_ylabel('expected score' + (', %' if scale == 100 else ''))
+    ax.set_xscale('log')
+    ticks = [k for k in (5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000) if t.tokens.min() / 2 <= k <= 2 * t.tokens.max()]
+    ax.set_xticks(ticks, [f'{k:,}' for k in ticks]); ax.minorticks_off()
+    ax.set_xlabel('tokens of a prompt'); ax.set_ylabel('expected score' + (', %' if scale == 100 else ''))
     return fig
 
 # %% ../nbs/41_optimize.ipynb #213bdb4f
+def _bias_words(b, share):
+    size = f'{100 * abs(b):.1f} points' if share else f'{abs(b):.3g}'
+    return f'{size} too {"high" if b >= 0 else "low"}'
+
 def plot_honesty(
     o, # Optimization
 ): # Picture
@@ -1269,7 +1276,7 @@ def plot_honesty(
     from genai_lab.reports import _dot, _number, _rows, canvas, colours
     share, best, start = _share_of(o), o.evaluations[-1][0], o.evaluations[0][0]
     rows = [('the winner, on the selection part', o.selection, colours['quiet'])] + ([('the winner, on the test part', best, colours['right' if o.improved else 'main'])] if o.test else []) + [('the starting prompt, on the test part', start, colours['wrong'])]
-    fig, ax = canvas('An improvement is confirmed on the test part' if o.improved else 'No improvement found on the test part', f'{o.settings["task"]}, {o.settings["metric"]}, {100 * o.settings["level"]:g}% intervals; selection flatters by {_number(o.bias, share)}'.replace('%;', '%;'), 'The selection part has chosen the winner, so its score there is part luck.', body=1.8)
+    fig, ax = canvas('An improvement is confirmed on the test part' if o.improved else 'No improvement found on the test part', f'{o.settings["task"]}, {o.settings["metric"]}, {100 * o.settings["level"]:g}% intervals; the selection score is {_bias_words(o.bias, share)}', 'The selection part has chosen the winner, so its score there is part luck.', body=1.8)
     for i, (_, e, c) in enumerate(rows): _dot(ax, i, (e.value, e.low, e.high), c, filled=i > 0)
     _rows(ax, [r[0] for r in rows], [_number(r[1].value, share) for r in rows])
     if share: ax.xaxis.set_major_formatter(lambda x, _: f'{100 * x:.0f}%')
