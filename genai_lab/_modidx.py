@@ -1446,6 +1446,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'genai_lab.optimize._check_labels': ('optimize.html#_check_labels', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._check_metric': ('optimize.html#_check_metric', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._checked_start': ('optimize.html#_checked_start', 'genai_lab/optimize.py'),
+                                    'genai_lab.optimize._clusters': ('optimize.html#_clusters', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._count': ('optimize.html#_count', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._drawn_rows': ('optimize.html#_drawn_rows', 'genai_lab/optimize.py'),
                                     'genai_lab.optimize._failed_state': ('optimize.html#_failed_state', 'genai_lab/optimize.py'),

@@ -1128,7 +1128,7 @@ def optimize(
     model,            # what answers the task; answers are remembered in a store
     space=None,       # Space; None: derived from prompt and task
     budget=None,      # Budget; None: 2,000 calls
-    parts=None,       # sizes of train, selection and test as for `data.split`, or three frames (a `Splits`); None: about 40, 30 and 30 percent
+    parts=None,       # sizes of train, selection and test as for `data.split`, or three frames; a `Splits` with a `group` makes its groups the units of intervals and test; None: about 40, 30 and 30 percent
     candidates=(),    # Prompts or system texts to try as well
     proposers=(),     # functions of a Situation that give more of them
     metric='',        # of the task; empty: its first one; or a function of prediction and reference
@@ -1155,7 +1155,7 @@ def optimize(
     with search.bar:
         chosen = search.run(candidates, proposers)
         evs, values, best = search.final(chosen, refit)
-    result = _result(search, chosen, evs, values, best, level, notes + getattr(given, 'notes', []))
+    result = _result(search, chosen, evs, values, best, level, notes + getattr(given, 'notes', []), getattr(parts, 'group', ''))
     result.spent['new'] = model.asked - asked
     return _recorded(result, run)
 
@@ -1176,13 +1176,20 @@ def _check_labels(task, parts):
         if (found := parts[k][task.target].dropna().unique()).size < 2: raise LabError(f'{task.where}: the {k} part has one label only ("{found[0] if len(found) else ""}"), so every prompt that always says it would win; give rows of two labels or more')
 
 # %% ../nbs/41_optimize.ipynb #854441d7
-def _result(search, chosen, evs, values, best, level, notes):
+def _clusters(df, group):
+    "What rows belong to that a split has kept together; None where each stands for itself."
+    names = [group] if isinstance(group, str) else list(group)
+    return df[names].astype(str).agg('\x1f'.join, axis=1).tolist() if group else None
+
+def _result(search, chosen, evs, values, best, level, notes, group=''):
     "Everything about a finished search."
-    est = [stats.mean(v, level=level, seed=search.seed) for v in values]
-    test = stats.paired(values[0], values[1], level=level, seed=search.seed) if chosen else None
+    how = dict(clusters=_clusters(search.test.head(len(values[0])), group), level=level, seed=search.seed)
+    est = [stats.mean(v, **how) for v in values]
+    test = stats.paired(values[0], values[1], **how) if chosen else None
     improved = bool(test and test.claimed and test.difference.value > 0)
     best = replace(best, name=f'{search.prompt.name or search.task.name}, optimised' if chosen else search.prompt.name)
-    selection = stats.mean(search.board.scores[chosen], level=level, seed=search.seed)
+    met = search.board.scores[chosen]
+    selection = stats.mean(met, **how | dict(clusters=_clusters(search.selection.head(len(met)), group)))
     c, m = search.meter.spent, search.meter
     spent = dict(calls=c.calls, limit=m.budget.calls, tokens=c.tokens_in + c.tokens_out, money=m.money(c))
     cols = [v for v in search.prompt.variables if v in search.test.columns]

@@ -13,6 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
+from genai_lab import stats
 from genai_lab.core import LabError
 from genai_lab.data import retail_departments, row_keys, split
 from genai_lab.evaluation import evaluate
@@ -171,6 +172,18 @@ def test_the_record_in_mlflow(found, model, mlflow_home):
 def test_every_budget_ends_in_a_result(found, model, calls):
     o = search(model, found[1], budget=Budget(calls=calls), parts=dict(train=50, selection=40, test=30))
     assert o.spent['calls'] <= calls and o.candidates.samples.max() <= 40 and o.evaluations[0][0].n == 30
+
+
+def test_rows_that_a_split_keeps_together_are_one_unit_of_the_interval(found, model):
+    df = shop().data.assign(kind=lambda d: d['product'].str.split().str[0].str.lower())
+    parts = split(df, dict(train=50, selection=35, test=35), text='product', group='kind', on_leak='group', seed=3)
+    o = search(model, found[1], budget=Budget(calls=220), parts=parts)
+    kinds = parts['test'].kind.head(o.evaluations[0][0].n)
+    assert 2 < kinds.nunique() < len(kinds)
+    for e, ev in o.evaluations:
+        right = (ev.samples.prediction == ev.samples.target).astype(float)
+        assert e == stats.mean(right, clusters=kinds.tolist(), seed=3) and e != ev.metrics['accuracy']
+    assert o.test is None or f'{kinds.nunique()} clusters' in o.test.difference.method
 
 
 # ---- proposers and guards
