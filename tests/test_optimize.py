@@ -231,7 +231,16 @@ def test_a_saved_program_of_dspy(tmp_path):
     assert p.system == 'Sort it.' and [e['product'] for e in p.examples] == ['Pears']
 
 
-def test_mlflow_optimises_with_it(model, mlflow_home, monkeypatch):
+@pytest.fixture
+def mlflow_forgets(monkeypatch):
+    "What MLflow keeps for the whole process is put back."
+    import mlflow
+    for k in ('MLFLOW_TRACKING_URI', 'MLFLOW_EXPERIMENT_ID'): monkeypatch.setenv(k, ''); monkeypatch.delenv(k)
+    yield
+    mlflow.set_tracking_uri(None)
+
+
+def test_mlflow_optimises_with_it(model, mlflow_home, mlflow_forgets, monkeypatch):
     "optimize_prompts on a real function of the embedded model; the registered prompt has its variable."
     import mlflow
     from mlflow.genai.optimize.optimizers import BasePromptOptimizer

@@ -549,7 +549,7 @@ def call(*args):
     from genai_lab.cli import app
     r = CliRunner().invoke(app, ['prompts', *map(str, args)])
     if r.exception is not None and not isinstance(r.exception, SystemExit): raise r.exception
-    return r.exit_code, r.output
+    return r.exit_code, r.stdout if '--json' in args else r.output
 
 
 def test_the_commands(files, model, monkeypatch):
