@@ -48,7 +48,7 @@ readme: $(STAMP)
 
 fresh: $(STAMP)
 	@$(BIN)/nbdev-export
-	@$(BIN)/nbdev-test nbs --save
+	@TQDM_DISABLE=1 $(BIN)/nbdev-test nbs --save
 	@$(BIN)/nbdev-clean
 	@touch $(STAMP)
 

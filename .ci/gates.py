@@ -1,6 +1,7 @@
 "The gates beside the tests. Each prints a line; the first that fails ends the run with its reason."
 import io
 import json
+import os
 import subprocess
 import sys
 import tempfile
@@ -78,7 +79,7 @@ def outputs_alike(a, b):
 def fresh():
     "The stored outputs are what the notebooks give today."
     before = snapshot('nbs')
-    sh(bin / 'nbdev-test', 'nbs', '--save'); sh(bin / 'nbdev-clean')
+    sh(bin / 'nbdev-test', 'nbs', '--save', env=os.environ | dict(TQDM_DISABLE='1')); sh(bin / 'nbdev-clean')
     after = snapshot('nbs')
     for p, old in before.items():
         for c, d in zip(cells(old), cells(after[p])):
