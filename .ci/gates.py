@@ -81,12 +81,14 @@ def fresh():
     before = snapshot('nbs')
     sh(bin / 'nbdev-test', 'nbs', '--save', env=os.environ | dict(TQDM_DISABLE='1')); sh(bin / 'nbdev-clean')
     after = snapshot('nbs')
+    stale = []
     for p, old in before.items():
         for c, d in zip(cells(old), cells(after[p])):
             if not outputs_alike(c['outputs'], d['outputs']):
                 src = ''.join(c['source'])
-                sys.exit(f'{p.relative_to(root)}: an output is stale. The cell:\n{src[:800]}\nstored: {json.dumps(c["outputs"])[:1500]}\nnow:    {json.dumps(d["outputs"])[:1500]}')
-        if old != after[p]: p.write_bytes(old)   # only pixels differed
+                stale.append(f'{p.relative_to(root)}: an output is stale. The cell:\n{src[:800]}\nstored: {json.dumps(c["outputs"])[:1500]}\nnow:    {json.dumps(d["outputs"])[:1500]}')
+        if old != after[p] and not stale: p.write_bytes(old)   # only pixels differed
+    if stale: sys.exit('\n\n'.join(stale))
 
 
 def wheel():
