@@ -543,7 +543,8 @@ def _new_database(self:Job):
 @patch
 def _open(self:Job):
     "Open the run in MLflow (in a thread)."
-    self.origin = {**provenance(), **{f'git.{k}': v for k, v in git_state(self.path.resolve().parent).items()}}
+    git = {f'git.{k}': v for k, v in git_state(self.path.resolve().parent).items()}   # the notebook's; where it has none, that of the current folder
+    self.origin = {k: v for k, v in provenance().items() if not (git and k.startswith('git.'))} | git
     tags = {**self.origin, **self.tags, 'seed': str(self.known.get('seed', self.s.lab.seed)), 'launcher': 'genai-lab run', 'run_dir': str(self.folder),
             'fingerprint.notebook': notebook_fingerprint(self.nb), 'fingerprint.params': params_fingerprint(self.known), 'fingerprint.library': library_fingerprint(), 'mlflow.source.name': str(self.path), 'notebook.path': str(self.path.resolve()), 'mlflow.source.type': 'NOTEBOOK'}
     safe = {k: v if isinstance(v, str) else str(v) for k, v in redact_values(self.known).items()}
