@@ -284,3 +284,15 @@ def test_secrets_in_parameters_are_written_nowhere(home, tmp_path):
     run, folder, files = stored(result)
     assert run.data.params == dict(api_key='[redacted]', login="{'password': '[redacted]'}", note='use [redacted]')
     assert {'notes.txt', 'samples/all.parquet', 'prints_secrets.ipynb', 'prints_secrets.html'} <= files
+
+
+def test_the_record_has_the_changes_of_the_notebooks_own_repository(tmp_path, monkeypatch):
+    def git(folder, *args): subprocess.run(['git', '-c', 'user.name=Ann', '-c', 'user.email=ann@shop.example', *args], cwd=folder, check=True, capture_output=True)
+    for name in ('mine', 'elsewhere'):
+        (tmp_path / name).mkdir()
+        shutil.copy(notebooks / 'nothing_to_do.ipynb', tmp_path / name)
+        git(tmp_path / name, 'init', '-q'); git(tmp_path / name, 'add', '.'); git(tmp_path / name, 'commit', '-qm', 'first')
+    (tmp_path / 'elsewhere' / 'nothing_to_do.ipynb').write_text('{}')
+    monkeypatch.chdir(tmp_path / 'elsewhere')
+    tags = connect().get_run(run_notebook(tmp_path / 'mine' / 'nothing_to_do.ipynb').run_id).data.tags
+    assert tags['git.dirty'] == 'false' and 'git.patch' not in tags
