@@ -542,4 +542,5 @@ def progress(
     "A progress bar with rate and remaining time; silent where nobody is watching."
     from tqdm.auto import tqdm
     watched = sys.stderr.isatty() or ('ipykernel' in sys.modules and not os.environ.get('GENAI_LAB_RUN_ID'))
-    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=not (show and watched))
+    off = os.environ.get('TQDM_DISABLE', '').lower() not in ('', '0', 'false')   # tqdm itself heeds it only where nothing is said
+    return tqdm(total=total, desc=what, unit=unit, leave=False, disable=off or not (show and watched))
