@@ -363,13 +363,14 @@ _take_away = 'take it out of the file, read it from the environment (os.environ)
 @rule('secret', 'holds no secrets')
 def _secret(book):
     number = {id(c.raw): c.number for c in book.cells}
-    named = {(c.number, line): message for c in book.parsed for line, message in _named_secrets(c)}
+    named = [(c.number, line, message) for c in book.parsed for line, message in _named_secrets(c)]
+    known = {(n, line) for n, line, _ in named}
     for c in book.nb['cells']:
         n = number.get(id(c))
         for line in _lines_with_secrets(c['source']):
-            if (n, line) not in named: yield n, line if n else None, f'this looks like a secret{"" if n else " (in a cell that is no code)"}; {_take_away}'
+            if (n, line) not in known: yield n, line if n else None, f'this looks like a secret{"" if n else " (in a cell that is no code)"}; {_take_away}'
         if any(_lines_with_secrets(_output_text(o)) for o in c.get('outputs', [])): yield n, None, 'an output shows what looks like a secret; do not print it, clear the output, and change the key if the notebook was shared'
-    for (n, line), message in named.items(): yield n, line, f'{message}; {_take_away}'
+    for n, line, message in named: yield n, line, f'{message}; {_take_away}'
     if _lines_with_secrets(json.dumps(book.nb.get('metadata', {}))): yield None, None, f'the metadata of the notebook hold what looks like a secret; {_take_away}'
 
 def _named_secrets(c):

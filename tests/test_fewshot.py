@@ -13,14 +13,7 @@ from genai_lab.embeddings import embed
 from genai_lab.fewshot import (balanced_examples, bm25_examples, fixed_examples, kinds, mmr_examples, nearest_examples, pieces, random_examples, selector_from, similar)
 from genai_lab.prompts import EmptyValue, Prompt, load_prompt, save_prompt
 from genai_lab.tasks import Task
-
-
-def wrong(f, *parts):
-    "The message of the `LabError`, which is one line and has these parts."
-    with pytest.raises(LabError) as e: f()
-    msg = str(e.value)
-    assert '\n' not in msg and not [p for p in parts if p not in msg], msg
-    return msg
+from test_embeddings import wrong
 
 
 @pytest.fixture(scope='module')
