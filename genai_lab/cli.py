@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['app', 'runs', 'new', 'tasks', 'prompts', 'models', 'store', 'say_error', 'main', 'version', 'seconds', 'run',
            'report', 'runs_reap', 'runs_push', 'reproduce', 'diff', 'check', 'new_experiment_', 'schedule', 'ui',
-           'check_port', 'eval_', 'tasks_check', 'prompts_list', 'prompts_lint', 'prompts_show', 'prompts_history',
-           'prompts_diff', 'prompts_register', 'prompts_alias', 'prompts_sync', 'prompts_promote', 'prompts_rollback',
-           'prompts_test', 'models_list', 'models_fetch', 'models_show', 'store_size', 'store_prune', 'store_export']
+           'check_port', 'train', 'eval_', 'tasks_check', 'prompts_list', 'prompts_lint', 'prompts_show',
+           'prompts_history', 'prompts_diff', 'prompts_register', 'prompts_alias', 'prompts_sync', 'prompts_promote',
+           'prompts_rollback', 'prompts_test', 'models_list', 'models_fetch', 'models_show', 'store_size',
+           'store_prune', 'store_export']
 
 # %% ../nbs/90_cli.ipynb #03282bd4
 import os, re, sys
@@ -329,6 +330,57 @@ def check_port(
         s.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try: s.bind((host, port))
         except OSError as e: raise LabError(f'{host}:{port} cannot be used ({e.strerror}); choose another one with --port') from None
+
+# %% ../nbs/90_cli.ipynb #35326618
+_train_codes = 'Exit codes: 0 tuned, 1 stopped by a guard (the last good checkpoint is kept), 2 wrong input, 130 Ctrl-C (saved; the same command goes on).'
+
+@app.command(epilog=_train_codes)
+def train(
+    config: Annotated[Path, Argument(metavar='CONFIG', help='What to tune on what, and how (YAML).', show_default=False)], # Path of a YAML file
+    check_only: Annotated[bool, Option('--check', help='Look at the rows and describe them; tune nothing.')] = False,
+    fresh: Annotated[bool, Option('--fresh', help='Begin anew, even where there are checkpoints.')] = False,
+    track: Annotated[bool, Option('--track/--no-track', help='Record the run in MLflow.')] = True,
+    as_json: Annotated[bool, Option('--json', help='Print a JSON summary instead of text.')] = False,
+):
+    "Tune a model on what a file describes, on one process or, under accelerate launch, on several."
+    from genai_lab.core import LabError
+    from genai_lab.recipes import read_recipe
+    from genai_lab.training import Stopped
+    first = os.environ.get('RANK', '0') == '0'
+    record = None
+    try:
+        r = read_recipe(config)
+        if check_only: return typer.echo(r.rows().describe())
+        record = _begin_training(r, config) if track and first else None
+        tuned = r.tune(record, False if fresh else None, first)
+        if first: _end_training(r, tuned, record, as_json)
+    except BaseException as e:
+        if record: record.finish('KILLED' if isinstance(e, KeyboardInterrupt) else 'FAILED', failure=str(e) or type(e).__name__)
+        if isinstance(e, KeyboardInterrupt): typer.echo(str(e) or 'stopped', err=True); raise typer.Exit(130) from None
+        if isinstance(e, LabError) and (not first or isinstance(e, Stopped)):   # one process speaks for all
+            if first: say_error(str(e))
+            raise typer.Exit(1 if isinstance(e, Stopped) else 2) from None
+        raise
+
+# %% ../nbs/90_cli.ipynb #cf45a2e7
+def _begin_training(r, config):
+    "A run in MLflow for a tuning run."
+    from genai_lab.tracking import start_run
+    record = start_run(r.experiment, dict(config=str(config)), run_name=config.stem)
+    record.log_text(config.read_text(encoding='utf-8'), config.name)
+    return record
+
+def _end_training(r, tuned, record, as_json):
+    "Measure, register and say what has come of it."
+    from genai_lab.adapters import register_adapter
+    from genai_lab.evaluation import evaluate
+    from genai_lab.tasks import read_task
+    ev = evaluate(read_task(r._path(r.task)), tuned.model(), label='tuned', chat=r.chat) if r.task else None
+    v = register_adapter(tuned, evaluations=[ev] if ev else (), **r.register) if r.register else None
+    if record and ev: record.log_evaluation(ev)
+    if record: record.finish()
+    if as_json: return typer.echo(_json(dict(folder=str(tuned.folder), steps=tuned.steps, best=tuned.best, stopped=tuned.stopped, registered=v.ref if v else '', metrics={m: x.to_dict() for m, x in ev.metrics.items()} if ev else {})))
+    typer.echo('\n'.join(str(x) for x in (tuned, ev, v, f'  {tuned.folder}') if x is not None))
 
 # %% ../nbs/90_cli.ipynb #091d5dbf
 _task_options = dict(

@@ -99,7 +99,7 @@ def _written_record(s, task, g):
     if s.error: return _record(s, task)
     try: p = (task.extract or str.strip)(g.text)
     except Exception as e: s.error, p = f'extract raised {type(e).__name__}: {e}', None
-    return _record(s, task, prediction=p, answer=g.text, finish=g.finish, completion_tokens=g.completion_tokens)
+    return _record(s, task, prediction=p, answer=g.text, finish=g.finish, completion_tokens=g.completion_tokens, **getattr(g, 'notes', {}))   # notes: what guards have decided
 
 # %% ../nbs/13_evaluation.ipynb #42409323
 def _score(task, model, samples, opts):

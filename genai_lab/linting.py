@@ -16,6 +16,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/20_linting.ipynb #b03bbdc0
 from .core import LabError, closest, plural, redact, show_frame
+from .personal_data import find_personal_data
 from .prompts import Prompt, joined, template_variables, _shapes
 
 # %% ../nbs/20_linting.ipynb #beb21627
@@ -273,28 +274,16 @@ def _listed_labels(x):
         if faults: yield 'error', where, f'the list of labels {" and ".join(faults)}, other than {x.task.where}; print {{{{ choices | join(", ") }}}} instead'
 
 # %% ../nbs/20_linting.ipynb #c91bebd2
-_email = re.compile(r'\b[\w.+-]+@(?!example\.)[\w-]+(?:\.[\w-]+)+\b')
-_phone = re.compile(r'(?<![\w.])(?:\+|00)\d{1,3}[ ./()-]{0,2}(?:\d[ ./()-]{0,2}){6,12}\d\b|(?<![\w.])\(?\d{3}\)?[ .-]\d{3}[ .-]\d{4}\b')
-_card, _iban = re.compile(r'(?<![\w.])(?:\d[ -]?){12,18}\d(?!\w)'), re.compile(r'\b[A-Z]{2}\d{2}(?: ?[A-Z0-9]){11,30}\b')
-
-def _is_card(text):
-    "Whether the digits pass Luhn's check."
-    d = [int(c) for c in text if c.isdigit()][::-1]
-    return len(set(d)) > 1 and sum(d[::2] + [sum(divmod(2 * n, 10)) for n in d[1::2]]) % 10 == 0
-
-def _is_iban(text):
-    "Whether the check digits of an account number are right."
-    t = re.sub(r'\s', '', text)
-    return int(''.join(str(int(c, 36)) for c in t[4:] + t[:4])) % 97 == 1
+_called = dict(email='an e-mail address', iban='a bank account', card='a card number', phone='a telephone number', ssn='a social security number')
 
 @rule('personal data')
 def _personal(x):
-    taken = []
-    for what, pattern, sure in (('an e-mail address', _email, bool), ('a bank account', _iban, _is_iban), ('a card number', _card, _is_card), ('a telephone number', _phone, bool)):
-        for where, m in x.find(pattern, examples=True):
-            if not sure(m[0]) or any(w == where and m.start() < b and a < m.end() for w, a, b in taken): continue
-            taken.append((where, *m.span()))
-            yield 'warning', where, f'"{m[0][:3]}…" looks like {what}; replace it by an invented one'
+    shown = [(where, text, True) for where, text in x.texts] + [(f'example {i + 1}, {k}', str(v), False) for i, e in enumerate(x.rows) for k, v in e.items()]
+    for where, text, lines in shown:
+        for f in find_personal_data(text, kinds=tuple(_called)):
+            if re.search(r'@(?:[\w-]+\.)*example(?:\.\w+)?$', f.text): continue
+            at = f'{where}, line {text.count(chr(10), 0, f.start) + 1}' if lines else where
+            yield 'warning', at, f'"{f.text[:3]}…" looks like {_called[f.kind]}; replace it by an invented one'
 
 # %% ../nbs/20_linting.ipynb #0fdfa1ce
 @rule('secret')

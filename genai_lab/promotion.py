@@ -21,6 +21,7 @@ from . import stats
 from .core import LabError, closest, fingerprint, plural, provenance, redact, show_frame
 from .data import row_keys
 from .evaluation import Scoreboard, _rendered, evaluate
+from .models import by_scheme
 from .prompts import EmptyValue, Prompt, template_variables
 from .registry import AliasMoved, Version, _client, _known, _split_ref, load, set_alias, set_tags
 from .tracking import Run, local_path, new_spool, open_record, tracking_errors
@@ -381,13 +382,15 @@ def _common(client, uri, run_id, data, columns):
 # %% ../nbs/42_promotion.ipynb #d5e1b112
 def untouched(
     task,  # Task
-    ref,   # the candidate: 'name/3', 'name@alias' or Version
+    ref,   # the candidate: 'name/3', 'name@alias', 'models:/name/3' or Version
 ): # the same task without rows that the making of the candidate, or an earlier attempt, has seen
     "What is left of a task for a first attempt."
-    v = ref if isinstance(ref, Version) else load(ref)
+    kind = by_scheme(ref)
+    v = kind.find_version(ref) if kind else load(ref) if isinstance(ref, str) else ref
     client, uri = _client()
-    columns, hit = input_columns(task.data, v.prompt), np.zeros(len(task.data), bool)
-    notes = [seen_note(v), shown_note(v.prompt, task.data, columns), *(_artifact(client, uri, r, 'rows.json') for r in attempts(v.name).run)]
+    prompt = v.prompt or task.prompt   # a model has none of its own
+    columns, hit = input_columns(task.data, prompt), np.zeros(len(task.data), bool)
+    notes = [seen_note(v), shown_note(prompt, task.data, columns), *(_artifact(client, uri, r, 'rows.json') for r in attempts(v.name).run)]
     for note in filter(None, notes): hit |= noted_rows(task.data, columns, note)
     if hit.all(): raise LabError(f'{task.where}: all {plural(len(hit), "row")} are known to {v.ref} or to earlier attempts; rows of another source are needed')
     return replace(task, data=task.data[~hit].reset_index(drop=True))
@@ -411,6 +414,15 @@ class _Pair:
     old: object         # Prompt to be beaten; None where a number is to be exceeded
     label: str          # what that is called
     holder: int | None  # version at which the alias is now
+    models: tuple = ()  # champion's and candidate's, where models stand against each other under one prompt
+
+    def sides(self, model): # (label, model, prompt) of each contestant
+        old, new = self.models or (model, model)
+        return [s for s in ((self.label, old, self.old), (self.new.ref, new, self.new.prompt)) if s[2] is not None]
+    def prints(self): return dict(candidate=self.new.fingerprint, **({} if self.old is None else dict(champion=self.old.fingerprint)))
+    def held(self): return load(self.label, note=False) if self.holder else None   # the version that holds the alias
+    def move(self, alias): set_alias(self.new.name, alias, self.new.version, expect=self.holder); _push(self.new.name, alias, self.holder, self.new.version)
+    def mark(self, facts): set_tags(self.new.ref, facts)
 
 def _pair(candidate, champion, alias, first, minimum):
     "Candidate and champion, looked up and checked."
@@ -457,6 +469,7 @@ def _check_question(task, metric, guard, prompts):
     "What can be said about task and metric before anything is asked."
     metric = metric or next(iter(task.metrics), '')
     if metric not in task.metrics: raise LabError(f'{task.where} has no metric "{metric}".{closest(metric, task.metrics)} There are: {", ".join(task.metrics)}')
+    if metric == getattr(task, 'judged_by', None): task.check_gate()   # a judge decides only with a passport
     if not hasattr(task, 'board') and Scoreboard(pd.DataFrame(dict(error=[])), metric, task.metric_options.get(metric, {})).values() is None:
         raise LabError(f'{metric} needs all samples at once and has no score by sample, and the gate tests by sample; promote by another metric, such as accuracy, and guard the column of the labels')
     for c in guard or (): _guard_column(task.data, c)
@@ -486,33 +499,33 @@ def _ask_once(task, model, s):
 
 def latencies(
     task,    # Task
-    model,   # that is asked; where answers are remembered, the model behind
+    model,   # that is asked, or one for each contestant; where answers are remembered, the model behind
     prompts, # of the contestants
     calls=20,# of each
     chat=None,# whether prompts go through the chat template; None: when the model has one
 ): # (calls, contestants) seconds
     "Seconds of single calls, the contestants in turns."
-    model = getattr(model, 'inner', None) or model
-    chat = bool(getattr(task, 'chat', model.chat)) if chat is None else chat
+    models = [getattr(m, 'inner', None) or m for m in (model if isinstance(model, (list, tuple)) else [model] * len(prompts))]
+    chats = [bool(getattr(task, 'chat', m.chat)) if chat is None else chat for m in models]
     few = task.head(calls)
-    asked = [[s for s in _rendered(model, few.samples(p, chat), chat) if not s.error] for p in prompts]
+    asked = [[s for s in _rendered(m, few.samples(p, c), c) if not s.error] for m, p, c in zip(models, prompts, chats)]
     out = np.full((calls, len(prompts)), np.nan)
     for i in range(-1, calls):   # the first round warms up
         for k in range(len(prompts)) if i % 2 else reversed(range(len(prompts))):
             s, start = asked[k][max(i, 0) % len(asked[k])], time.perf_counter()
-            _ask_once(task, model, s)
+            _ask_once(task, models[k], s)
             if i >= 0: out[i, k] = time.perf_counter() - start
     return out
 
 # %% ../nbs/42_promotion.ipynb #c6deb662
-def _limits(task, model, prompts, longest, max_tokens, slower, chat):
+def _limits(task, models, prompts, longest, max_tokens, slower, chat):
     "The conditions on length and latency, measured."
     out = []
     if max_tokens:
-        if longest is None: raise LabError(f'max_tokens: model "{model.name}" cannot count tokens')
+        if longest is None: raise LabError(f'max_tokens: model "{models[-1].name}" cannot count tokens')
         out.append(('tokens of the longest prompt', max_tokens, longest, longest <= max_tokens))
     if slower:
-        old, new = np.median(latencies(task, model, prompts, chat=chat), axis=0)
+        old, new = np.median(latencies(task, models, prompts, chat=chat), axis=0)
         out.append(('median latency against the champion', slower, round(float(new / old), 3), bool(new <= slower * old)))
     return out
 
@@ -567,17 +580,17 @@ def _keep(run, decision, evs, prints):
     run.set_tags({f'fingerprint.{k}': v for k, v in prints.items()})
 
 # %% ../nbs/42_promotion.ipynb #c77c75a7
-def _mark(decision, v, alias, promoted):
+def _mark(decision, pair, alias, promoted):
     "Note the outcome on the version."
     d = decision.test.difference
     facts = dict(decision='promoted' if promoted else f'not promoted: {decision.ground}', run_id=decision.run_id, attempt=decision.attempt, p=f'{decision.test.p:.3g}', level=f'{decision.level:g}',
                  estimate=f'{d.value:.4g}', interval=f'{d.low:.4g} to {d.high:.4g}', metric=decision.metric, against=decision.champion)
-    set_tags(v.ref, {f'promotion.{alias}.{k}': str(x) for k, x in facts.items()})
+    pair.mark({f'promotion.{alias}.{k}': str(x) for k, x in facts.items()})
 
 # %% ../nbs/42_promotion.ipynb #b9affbf7
-def _measure(pair, task, model, metric, seed, chat, progress):
+def _measure(sides, task, metric, seed, chat, progress):
     "Both evaluations, what they scored by sample, and who has failed."
-    evs = [evaluate(task, model, p, label=l, seed=seed, chat=chat, progress=progress) for l, p in ((pair.label, pair.old), (pair.new.ref, pair.new.prompt)) if p is not None]
+    evs = [evaluate(task, m, p, label=l, seed=seed, chat=chat, progress=progress) for l, m, p in sides]
     for ev in evs:
         if ev.n.scored == 0: raise AllFailed(f'{ev.label}: all {plural(ev.n.attempted, "sample")} failed: {ev.failures().reason[0]}; this attempt does not count')
     boards = [ev.board(metric) for ev in evs]
@@ -588,29 +601,29 @@ class AllFailed(LabError): "Nothing was learnt: every sample failed."
 # %% ../nbs/42_promotion.ipynb #c8706951
 def _judge(run, pair, earlier, task, model, metric, plan, how):
     "Evaluate, decide, and store the evidence."
-    columns = input_columns(task.data, *filter(None, (pair.old, pair.new.prompt)))
-    evs, values, failed, scale = _measure(pair, task, model, metric, how['seed'], how['chat'], how['progress'])
-    paid, longest = zip(*(_costs(ev, model) for ev in evs))
-    limits = _limits(task, model, [p for p in (pair.old, pair.new.prompt) if p is not None], longest[-1], how['max_tokens'], how['slower'], how['chat'])
+    columns, sides = input_columns(task.data, *filter(None, (pair.old, pair.new.prompt))), pair.sides(model)
+    evs, values, failed, scale = _measure(sides, task, metric, how['seed'], how['chat'], how['progress'])
+    models = [m for _, m, _ in sides]
+    paid, longest = zip(*(_costs(ev, m) for ev, m in zip(evs, models)))
+    limits = _limits(task, models, [p for *_, p in sides], longest[-1], how['max_tokens'], how['slower'], how['chat'])
     cost = paid if len(evs) > 1 and paid[0] is not None else None
     base = values[0] if len(evs) > 1 else how['minimum']
     decision = decide(values[-1], base, how['margin'], cost, task.data, how['guard'], failed, limits, list(earlier.promoted), how['level'], scale, how['seed'])
-    decision = replace(decision, candidate=pair.new.ref, champion=pair.label, alias=how['alias'], metric=metric, unit='dollars per million' if _priced(model) else 'tokens', plan=plan,
+    decision = replace(decision, candidate=pair.new.ref, champion=pair.label, alias=how['alias'], metric=metric, unit='dollars per million' if _priced(models[-1]) else 'tokens', plan=plan,
                        notes=_notes(evs, pair, task, columns, how), worse=_worse(task, columns, evs, values) if len(evs) > 1 else None, run_id=run.id)
-    _keep(run, decision, evs, _prints(pair, task, model, columns))
+    _keep(run, decision, evs, _prints(pair, task, models[-1], columns))
     return decision
 
 def _prints(pair, task, model, columns):
     "Fingerprints of everything that has taken part."
-    old = dict(champion=pair.old.fingerprint) if pair.old is not None else {}
-    return dict(candidate=pair.new.fingerprint, data=task.data_fingerprint, task=task.fingerprint, model=model.fingerprint, rows=fingerprint(sorted(k for k in _keys(task.data, columns) if k)), **old)
+    return dict(data=task.data_fingerprint, task=task.fingerprint, model=model.fingerprint, rows=fingerprint(sorted(k for k in _keys(task.data, columns) if k)), **pair.prints())
 
 # %% ../nbs/42_promotion.ipynb #8b058c20
 def _notes(evs, pair, task, columns, how):
     "What a reader has to know beside the test."
     out = [f'{e.label} failed on {plural(e.n.failed, "sample")} of {e.n.attempted:,}, which count as wrong.' for e in evs if e.n.failed]
     if pair.new.run_id and seen_note(pair.new) is None: out.append(f'The run that made {pair.new.ref} has not noted which rows it looked at.')
-    old = load(pair.label, note=False) if pair.holder else None
+    old = pair.held()
     if old is not None and (note := seen_note(old)) and (k := int(noted_rows(task.data, columns, note).sum())): out.append(f'{old.ref} was made with {plural(k, "row")} of these, which helps it here.')
     return tuple(out)
 
@@ -618,10 +631,14 @@ def _notes(evs, pair, task, columns, how):
 def _places(client, uri, name, alias):
     "Where an alias has been, oldest first, and where it is."
     head = _known(client, uri, name)
-    try: places = json.loads(dict(head.tags).get(f'genai_lab.places.{alias}', '[]'))
-    except ValueError: places = []
     at = head.aliases.get(alias)
-    return places if at is None or places and places[-1] == int(at) else [*places, int(at)], at and int(at)
+    return _places_in(head.tags, alias, at), at and int(at)
+
+def _places_in(tags, alias, at):
+    "The places that a tag keeps, and the present one."
+    try: places = json.loads(dict(tags).get(f'genai_lab.places.{alias}', '[]'))
+    except ValueError: places = []
+    return places if at is None or places and places[-1] == int(at) else [*places, int(at)]
 
 def _write_places(client, uri, name, alias, places):
     with tracking_errors(uri): client.set_prompt_tag(name, f'genai_lab.places.{alias}', json.dumps(places[-200:]))
@@ -629,29 +646,25 @@ def _write_places(client, uri, name, alias, places):
 def _push(name, alias, before, now):
     "Note that an alias has moved."
     client, uri = _client()
-    try: places = json.loads(dict(_known(client, uri, name).tags).get(f'genai_lab.places.{alias}', '[]'))
-    except ValueError: places = []
-    if before is not None and places[-1:] != [before]: places.append(before)
-    _write_places(client, uri, name, alias, [*places, now])
+    _write_places(client, uri, name, alias, [*_places_in(_known(client, uri, name).tags, alias, before), now])
 
 # %% ../nbs/42_promotion.ipynb #3b54c544
 def _settle(run, decision, pair, alias):
     "Move the alias where that was decided, and note what has come of it."
     if decision.promoted:
-        try: set_alias(pair.new.name, alias, pair.new.version, expect=pair.holder)
+        try: pair.move(alias)
         except AliasMoved as e:
             run.set_tags({'promotion.state': 'too late', 'promotion.promoted': 'no'})
             raise AliasMoved(f'{pair.new.ref} passed the test against {pair.label}, but was not promoted: {e}. Test it against the new {alias}') from None
-        _push(pair.new.name, alias, pair.holder, pair.new.version)
     run.set_tags({'promotion.state': 'decided', 'promotion.promoted': 'yes' if decision.promoted else 'no'})
-    _mark(decision, pair.new, alias, decision.promoted)
+    _mark(decision, pair, alias, decision.promoted)
 
 # %% ../nbs/42_promotion.ipynb #134e9eb5
 def promote(
-    candidate,        # 'name/3', 'name@staging' or Version
-    champion=None,    # the version that holds the alias; None: whichever that is. With `first`, a Prompt or version to be beaten
+    candidate,        # 'name/3', 'name@staging' or Version; or 'models:/name/3', a tuned model, see the module `adapters`
+    champion=None,    # the version that holds the alias; None: whichever that is. With `first`, a Prompt, version or model to be beaten
     task=None,        # Task with the test data
-    model=None,       # what load_model returns
+    model=None,       # what load_model returns; None where models are the contestants, who are asked with the task's own prompt
     alias='champion', # that moves
     metric='',        # by which is judged, by sample; empty: the task's first
     margin=0.,        # how much worse a cheaper candidate may be, in the unit of the metric: 0.02 is two points; 0: it must be better
@@ -669,9 +682,10 @@ def promote(
     progress=True,    # a bar while somebody is watching
 ): # Decision
     "Move an alias to a candidate if held-out data say that it deserves it."
-    if task is None or model is None: raise LabError('promote: give a task with held-out data, and a model')
+    kind = by_scheme(getattr(candidate, 'ref', candidate))
+    if task is None or (model is None) != bool(kind): raise LabError('promote: give a task with held-out data' + (', and no model: the candidate is one' if kind else ', and a model'))
     how = dict(alias=alias, margin=margin, guard=guard, max_tokens=max_tokens, slower=slower, minimum=minimum, level=level, seed=seed, chat=chat, progress=progress)
-    pair = _pair(candidate, champion, alias, first, minimum)
+    pair = kind.versus(candidate, champion, alias, first, minimum, task) if kind else _pair(candidate, champion, alias, first, minimum)
     metric = _check_question(task, metric, guard, [p for p in (pair.old, pair.new.prompt) if p is not None])
     columns = input_columns(task.data, *filter(None, (pair.old, pair.new.prompt)))
     _refuse_seen(pair.new, task, columns)
@@ -700,11 +714,12 @@ def _ended(run):
 
 # %% ../nbs/42_promotion.ipynb #53de85dc
 def rollback(
-    name,             # of the prompt
+    name,             # of the prompt; 'models:/name' for a model
     reason='',        # why, for the record
     alias='champion', # that goes back
 ): # Version that holds the alias now
     "Move an alias back to where it was before."
+    if kind := by_scheme(name): return kind.rollback_model(name, reason, alias)
     client, uri = _client()
     name = _split_ref(name)[0]
     places, at = _places(client, uri, name, alias)

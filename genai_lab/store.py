@@ -18,7 +18,7 @@ from filelock import FileLock
 
 # %% ../nbs/05_store.ipynb #d389c260
 from .core import LabError, closest, disk_errors, plural, redact, settings, show_frame
-from .generation import Generation
+from .generation import Generation, one_each
 from .models import Usage, load_model, render_chat, without_tokens
 from .scoring import Score
 
@@ -492,11 +492,16 @@ def generate(self: RememberedModel,
              seeds=None,      # one seed a prompt, instead of `seed`
              on_done=None,    # called as on_done(index, Generation)
              progress=False,  # True: show a bar
+             constraint=None, # the form that answers are bound to: one for all, or a list with one for each prompt
             ): # list of Generation
     "Continue each prompt, from the store where it can."
     prompts, params = list(prompts), dict(max_tokens=max_tokens, stop=stop, temperature=temperature, top_p=top_p, seed=seed)
-    requests = [request_of('generate', **{**params, 'seed': s}) for s in (seeds if seeds is not None else [seed] * len(prompts))]
-    def ask(indices, done): return self.inner.generate([prompts[i] for i in indices], on_done=done, progress=progress, seeds=None if seeds is None else [seeds[i] for i in indices], **params)
+    forms = one_each(constraint, len(prompts))
+    bound = lambda form: {'constraint': form.fingerprint} if form is not None else {}
+    requests = [request_of('generate', **{**params, 'seed': s}, **bound(f)) for s, f in zip(seeds if seeds is not None else [seed] * len(prompts), forms)]
+    def ask(indices, done):
+        how = params | (dict(constraint=[forms[i] for i in indices]) if any(f is not None for f in forms) else {})
+        return self.inner.generate([prompts[i] for i in indices], on_done=done, progress=progress, seeds=None if seeds is None else [seeds[i] for i in indices], **how)
     return self._answers('generate', prompts, requests, Generation, ask, on_done)
 
 # %% ../nbs/05_store.ipynb #3a68004c
