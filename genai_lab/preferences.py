@@ -120,10 +120,10 @@ def _preference_trainer(job, net, beta):
     "The preference trainer for a job."
     from datasets import Dataset
     from trl import DPOConfig
-    args = DPOConfig(**trainer_arguments(job.config, job.folder, job.model.device), beta=beta, max_length=None)
     first = _pair_of(job.data.train[0], job.data.rejected[0])
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
+        args = DPOConfig(**trainer_arguments(job.config, job.folder, job.model.device), beta=beta, max_length=None)
         t = dpo_trainer()(model=net, args=args, train_dataset=Dataset.from_list([first]), processing_class=job.model.tokenizer)
     if hasattr(net, 'get_base_model') and not job.model.adapter and 'ref' in net.peft_config: net.delete_adapter('ref'); net.set_adapter('default')
     t.job, t.interrupted = job, False
