@@ -3549,6 +3549,7 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                       'genai_lab.structured._closed': ('structured.html#_closed', 'genai_lab/structured.py'),
                                       'genai_lab.structured._complete': ('structured.html#_complete', 'genai_lab/structured.py'),
                                       'genai_lab.structured._context': ('structured.html#_context', 'genai_lab/structured.py'),
+                                      'genai_lab.structured._depth': ('structured.html#_depth', 'genai_lab/structured.py'),
                                       'genai_lab.structured._doable': ('structured.html#_doable', 'genai_lab/structured.py'),
                                       'genai_lab.structured._ending': ('structured.html#_ending', 'genai_lab/structured.py'),
                                       'genai_lab.structured._fit': ('structured.html#_fit', 'genai_lab/structured.py'),

@@ -309,8 +309,16 @@ def find_json(
         if v: return v, 'found'
     return _repaired(_complete(text[starts[0]:]) if cut else text[starts[0]:]) if starts else (None, '')
 
+def _depth(text):
+    "How deep brackets are open at most, texts counted as well."
+    depth = most = 0
+    for c in text: depth += (c in '{[') - (c in '}]'); most = max(most, depth)
+    return most
+
 def _repaired(text):
     from json_repair import loads
+    text = text[:20_000]   # beyond that, and for deep nesting, hostile texts take it minutes
+    if _depth(text) > 50: return None, ''
     try: v = loads(text, skip_json_loads=True)
     except (RecursionError, ValueError): return None, ''
     return (v, 'repaired') if isinstance(v, (dict, list)) and v else (None, '')
