@@ -37,6 +37,15 @@ def mlflow_home(tmp_path, monkeypatch, database_template):
     return home
 
 
+@pytest.fixture
+def mlflow_forgets(monkeypatch):
+    "What MLflow keeps for the whole process is put back."
+    import mlflow
+    for k in ('MLFLOW_TRACKING_URI', 'MLFLOW_EXPERIMENT_ID'): monkeypatch.setenv(k, ''); monkeypatch.delenv(k)
+    yield
+    mlflow.set_tracking_uri(None)
+
+
 @pytest.fixture(autouse=True)
 def lab(tmp_path, monkeypatch):
     "No test writes to the lab's own store, whatever the environment says."

@@ -76,15 +76,13 @@ def test_a_whole_model_is_registered_and_comes_back(house):
     assert said(load_model('models:/whole')) == said(load_model(house['b']))
 
 
-def test_mlflow_serves_it(house, mlflow_home, monkeypatch):
+def test_mlflow_serves_it(house, mlflow_home, mlflow_forgets):
     import os
 
     import mlflow
     register_adapter(house['one'], 'served')
-    before = mlflow.get_tracking_uri()
     mlflow.set_tracking_uri(os.environ['GENAI_LAB_TRACKING_URI'])
-    try: got = mlflow.pyfunc.load_model('models:/served/1').predict(pd.DataFrame(dict(prompt=['Milk, butter,'])), params=dict(max_tokens=3))
-    finally: mlflow.set_tracking_uri(before)
+    got = mlflow.pyfunc.load_model('models:/served/1').predict(pd.DataFrame(dict(prompt=['Milk, butter,'])), params=dict(max_tokens=3))
     assert got == [load_model('models:/served').generate(['Milk, butter,'], max_tokens=3)[0].text]
 
 

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -131,8 +132,7 @@ def test_a_search_continues_after_a_kill(found, tmp_path):
     try:
         while child.poll() is None and kept < o.spent['new'] // 4:
             time.sleep(.05)
-            kept = len(Store(store, readonly=True)) if store.exists() and store.stat().st_size else 0
-    except LabError: pass     # the store is being made
+            with suppress(LabError): kept = len(Store(store, readonly=True)) if store.exists() and store.stat().st_size else 0   # an error: the store is being made
     finally: child.kill(); child.wait()
     assert child.returncode == -signal.SIGKILL
     from genai_lab.models import load_model
@@ -229,15 +229,6 @@ def test_a_saved_program_of_dspy(tmp_path):
     (tmp_path / 'p.json').write_text(json.dumps(dict(signature=dict(instructions='Sort it.', fields=[]), demos=[dict(product='Pears', label='Produce'), dict(product='Soap')])))
     p, = dspy_prompts(tmp_path / 'p.json', replace(start, answer='{{ label }}'))
     assert p.system == 'Sort it.' and [e['product'] for e in p.examples] == ['Pears']
-
-
-@pytest.fixture
-def mlflow_forgets(monkeypatch):
-    "What MLflow keeps for the whole process is put back."
-    import mlflow
-    for k in ('MLFLOW_TRACKING_URI', 'MLFLOW_EXPERIMENT_ID'): monkeypatch.setenv(k, ''); monkeypatch.delenv(k)
-    yield
-    mlflow.set_tracking_uri(None)
 
 
 def test_mlflow_optimises_with_it(model, mlflow_home, mlflow_forgets, monkeypatch):
