@@ -2,15 +2,14 @@
 import json
 import shutil
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
 from tiny_model import write_adapter, write_settings, write_tiny
 
-from genai_lab.adapters import MANIFEST, find_version, list_versions, load_card, load_registered, model_card, pack_model, register_adapter, set_model_alias
+from genai_lab.adapters import MANIFEST, find_version, list_versions, load_card, model_card, pack_model, register_adapter, set_model_alias
 from genai_lab.core import LabError, forget_inputs, inputs
-from genai_lab.models import TransformersModel, load_model, noted_model
+from genai_lab.models import load_model, noted_model
 from genai_lab.promotion import attempts, promote, rollback, untouched
 from genai_lab.prompts import Prompt
 from genai_lab.registry import AliasMoved, register

@@ -1,7 +1,6 @@
 "The search for better prompts: honest, within its budget, the same after a crash."
 import json
 import math
-import os
 import signal
 import subprocess
 import sys
