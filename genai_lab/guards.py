@@ -11,7 +11,7 @@ __all__ = ['actions', 'toxic_terms', 'off_brand_terms', 'claim_terms', 'sorry', 
 # %% ../nbs/50_guards.ipynb #3328efdd
 import os, re, sys, time, unicodedata
 from collections import Counter
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
 from typing import NamedTuple
@@ -54,7 +54,7 @@ class Verdict:
     score: float = 0.     # how sure the guard is that something is wrong, 0 to 1
     text: str = None      # the text to go on with; `check` fills it in: the text itself, or after a fix the text with the spans replaced
     guard: str = ''       # name of the guard; `check` fills it in
-    seconds: float = 0.   # that the check took; `check` fills it in
+    seconds: float = field(default=0., repr=False) # that the check took; `check` fills it in
 
     def __post_init__(self):
         if self.action not in actions: raise LabError(f'a verdict says {", ".join(actions)}, not "{self.action}"')
