@@ -101,11 +101,7 @@ def _held_out_loss(self: Preferring):
 # %% ../nbs/63_preferences.ipynb #b927e232
 class _Positions(Steps):
     "Steps over positions instead of examples."
-    def __getitem__(self, step):
-        if not 0 <= step < self.steps: raise IndexError(step)
-        whole = self.all_rows(step)
-        mine = whole[self.rank::self.world]
-        return dict(step=step, rows=mine or whole[:1], weight=float(bool(mine)))
+    __getitem__ = Steps.share
 
 @lru_cache
 def dpo_trainer():

@@ -27,7 +27,7 @@ from . import core
 from .core import LabError, closest, disk_errors, plural, progress, show_frame, versions
 from .evaluation import evaluate
 from .models import TransformersModel, Usage, content_hash, load_model
-from .scoring import prefix_tree, visible
+from .scoring import _common, prefix_tree, visible
 from .tasks import Task
 from .tuning_data import Example, TuningData
 
@@ -201,16 +201,10 @@ def micro_batches(
     order = sorted(rows, key=lambda e: (e.ids, e.row))
     out, size = [], math.inf
     for e in order:
-        shared = _common(out[-1][-1].ids, e.ids) if out else 0
+        shared = _common(np.array(out[-1][-1].ids), np.array(e.ids)) if out else 0
         if size + len(e) - shared > tokens: out.append([]); size, shared = 0, 0
         out[-1].append(e); size += len(e) - shared
     return out
-
-def _common(a, b):
-    "Length of the common beginning of two tuples."
-    for i, (x, y) in enumerate(zip(a, b)):
-        if x != y: return i
-    return min(len(a), len(b))
 
 # %% ../nbs/61_training.ipynb #6601e22b
 class Steps:
@@ -232,11 +226,14 @@ class Steps:
         epoch, i = divmod(step, per)
         return [self.rows[k] for k in self._order(epoch)[i * self.n:(i + 1) * self.n]]
 
-    def __getitem__(self, step):
+    def share(self, step):
+        "What this process does in a step."
         if not 0 <= step < self.steps: raise IndexError(step)
         whole = self.all_rows(step)
         mine = whole[self.rank::self.world]
-        return dict(step=step, rows=mine or whole[:1], weight=float(bool(mine)), learned=sum(e.learned for e in whole))   # a process without a row goes through the motions
+        return dict(step=step, rows=mine or whole[:1], weight=float(bool(mine)))   # a process without a row goes through the motions
+
+    def __getitem__(self, step): return self.share(step) | dict(learned=sum(e.learned for e in self.all_rows(step)))
 
 # %% ../nbs/61_training.ipynb #10f16c4a
 def step_loader(
