@@ -10,15 +10,16 @@ __all__ = ['read_number', 'Product', 'Catalogue', 'Claim', 'Rule', 'Policy', 'ex
 import html, json, re, weakref
 from bisect import bisect_left, bisect_right
 from collections import defaultdict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 # %% ../nbs/53_facts.ipynb #1144b3e2
 from fastcore.basics import patch
 
 # %% ../nbs/53_facts.ipynb #1c042cf1
 from .core import LabError, closest, fingerprint, plural, show_frame
-from .guards import Card, Guard, Span, Verdict
+from .guards import Card, Guard, Span, Verdict, _Memo
 
 # %% ../nbs/53_facts.ipynb #d3ffa668
 _ones = 'zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen seventeen eighteen nineteen'.split()
@@ -35,7 +36,7 @@ def read_number(
     "The number that a text writes."
     t = text.strip().lower()
     if t[:1].isdigit():
-        if re.fullmatch(r'\d{1,3}(\.\d{3})+,\d+', t) or re.fullmatch(r'\d+,\d{1,2}', t): t = t.replace('.', '').replace(',', '.')
+        if ',' in t and (re.fullmatch(r'\d{1,3}(\.\d{3})+,\d+', t) or re.fullmatch(r'\d+,\d{1,2}', t)): t = t.replace('.', '').replace(',', '.')
         try: return float(t.replace(',', ''))
         except ValueError: return None
     total = part = 0
@@ -55,7 +56,6 @@ _same = dict(lens='lens', inche='inch', inches='inch', ins='inch', liter='l', li
              wifi='wi fi', nonpolarized='non polarized', tshirt='t shirt', ereader='e reader', aluminium='aluminum', jewellery='jewelry', pct='%', percent='%',
              **{w: str(i) for i, w in enumerate(_ones[:13]) if i})
 
-@lru_cache(maxsize=100_000)
 def _plain(word):
     "The plain form of a word."
     w = word.lower().replace('’', "'")
@@ -65,7 +65,9 @@ def _plain(word):
     if len(w) > 3 and w.endswith('s') and not w.endswith(('ss', 'us')): w = w[:-3] + 'y' if w.endswith('ies') and len(w) > 5 else w[:-2] if w.endswith(('shes', 'ches', 'xes', 'sses')) else w[:-1]
     return _same.get(w, w)
 
-def _plains(text): return tuple(p for m in _word.findall(str(text)) for p in _plain(m).split())
+_plain_words = _Memo(lambda word: tuple(_plain(word).split()), 100_000)
+
+def _plains(text): return tuple(p for w in _word.findall(str(text)) for p in _plain_words[w])
 
 # %% ../nbs/53_facts.ipynb #e1f0d80a
 _guesses = dict(name='name product product_name title product_title item item_name'.split(), price='price unit_price list_price sale_price current_price price_usd cost'.split(),
@@ -128,10 +130,11 @@ _materials = set(map(_plain, 'cotton polyester leather nylon wool silk linen den
 _size_words = set('small medium large mini tiny compact'.split())
 _sizeish = set('size capacity storage ram length height diameter width weight thickness volume'.split())
 _letters = set('xxs xs s m l xl xxl xxxl'.split())
+_number = re.compile(r'\d+(\.\d+)?')
 
 def _quantity(words):
     "(kind, amount) where the words are one number and a unit, else None."
-    if len(words) >= 2 and words[1] in _units and re.fullmatch(r'\d+(\.\d+)?', words[0]):
+    if len(words) >= 2 and words[1] in _units and _number.fullmatch(words[0]):
         kind, factor = _units[words[1]]
         return kind, float(words[0]) * factor
 
@@ -152,6 +155,7 @@ class Product:
                 for words, q in values:
                     self.options[k][words].add(i)
                     if q: self.sizes[k][q].add(i)
+        self.hits = _Memo(lambda value: self._rows_of(value), 1000)   # {option: rows} of a value in a text
 
     def __repr__(self): return f'Product({self.name!r}, {plural(len(self.rows), "variant")})'
 
@@ -244,6 +248,15 @@ def _distinct(self: Catalogue, rows):
         old['ids'] = list(dict.fromkeys(old['ids'] + r['ids']))
     return list(seen.values())
 
+# %% ../nbs/53_facts.ipynb #83069e8f
+@patch
+def _near_word(self: Catalogue, w):
+    "The word of the product names that differs from `w` in one letter at most, or `w`."
+    if len(w) < 5 or len(w) > 40 or w in self.vocabulary: return w   # the work grows with the square of the length
+    hits = set().union(*(self.near.get(d, ()) for d in (_deletions(w) | {w}))) if self.vocabulary else ()
+    hits = [h for h in hits if h[0] == w[0] and abs(len(h) - len(w)) <= 1]
+    return hits[0] if len(hits) == 1 else w
+
 # %% ../nbs/53_facts.ipynb #30674291
 @patch
 def _index(self: Catalogue):
@@ -262,6 +275,8 @@ def _index(self: Catalogue):
     for w in self.vocabulary:
         for d in _deletions(w) | {w}: self.near[d].add(w)
     self._index_values()
+    self.nearest, self.may_name = _Memo(self._near_word), _Memo(lambda w: w in self.by_first or w in self.heads or w in self.id_first or self.nearest[w] in self.by_first)
+    self.may_value = _Memo(lambda w: w in self.values or w[0].isdigit() or w in _letters)
 
 # %% ../nbs/53_facts.ipynb #f106eeac
 @patch
@@ -285,8 +300,7 @@ def _index_values(self: Catalogue):
         for v in table.values(): v.sort(key=lambda x: -len(x[0] if isinstance(x[0], tuple) else x))
 
 # %% ../nbs/53_facts.ipynb #b0b674d3
-@dataclass(frozen=True)
-class Claim:
+class Claim(NamedTuple):
     "Something that a text says about a product or about the rules of the shop."
     kind: str           # price, stock, option, window, fee or amount
     text: str           # as it stands
@@ -303,7 +317,7 @@ class Claim:
 _end = re.compile(r'[.!?][")\]*\']{0,3}\s+(?=\S)|\n\s*|;\s+')
 _short = (' approx', ' no', ' No', 'e.g', 'i.e', ' incl', ' vs')
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=8)
 def _parts(text):
     "Starts and ends of sentences and of lines."
     at, out = 0, []
@@ -328,11 +342,26 @@ def _bounded(text, at, stop, most=2000):
     return out + [(at, stop)] if stop > at else out
 
 # %% ../nbs/53_facts.ipynb #f484fb37
+@lru_cache(maxsize=8)
+def _lower(text):
+    "A text in lower case, with every character in its place."
+    low = text.lower()
+    return low if len(low) == len(text) else ''.join(c.lower() if len(c.lower()) == 1 else c for c in text)
+
+def _since(signs, low, at, most):
+    "What stands before a place, from the last of some signs on and `most` characters at most."
+    before = low[max(0, at - most):at]
+    for sign in signs: before = before.rpartition(sign)[2]
+    return before
+
+def _may_deny(low):
+    "Whether there is a word such as not, no, none or without; looking for letters is faster than looking for words."
+    return 'no' in low or "n't" in low or 'n’t' in low or 'never' in low or 'neither' in low or 'without' in low
+
+# %% ../nbs/53_facts.ipynb #1d5ae52c
 def _parts_with(text, hints):
     "The sentences and lines that hold one of the hints, which are in lower case."
-    low = text.lower()
-    if len(low) != len(text): low = ''.join(c.lower() if len(c.lower()) == 1 else c for c in text)
-    parts, found = _parts(text), set()
+    low, parts, found = _lower(text), _parts(text), set()
     for h in hints:
         at = low.find(h)
         while at >= 0:
@@ -342,27 +371,29 @@ def _parts_with(text, hints):
     return [parts[i] for i in sorted(found)]
 
 # %% ../nbs/53_facts.ipynb #17f986fe
-_money = re.compile(rf'(?P<cur>US\$|USD|EUR|GBP|[$€£])\s?(?P<a>{_num})(?P<k>\s?k\b)?'
-                    rf'|(?P<b>{_num})\s?(?:USD|EUR|GBP|dollars?|bucks|euros?|€|£)(?!\w)'
-                    rf'|(?P<w>\b{_wordnums})[ -](?:US )?(?:dollars?|bucks|euros?)\b(?: and (?P<c>{_wordnums}|\d\d?) cents?)?'
-                    rf'|(?:\b(?:price[ds]?|costs?|costing|sells?|retails?|listed|goes)(?: (?:is|at|of|for|around|about|just|only)){{0,3}}:? )(?P<d>{_num}(?<=[.,]\d\d))(?!\s?[%\w])', re.I)
-_range = re.compile(r'\s?(?:-|–|—|to|and|through)\s?$', re.I)
+_money = re.compile(rf'(?P<cur>us\$|usd|eur|gbp|[$€£])\s?(?P<a>{_num})(?P<k>\s?k\b)?'
+                    rf'|(?P<b>{_num})\s?(?:usd|eur|gbp|dollars?|bucks|euros?|€|£)(?!\w)'
+                    rf'|(?P<w>\b{_wordnums})[ -](?:us )?(?:dollars?|bucks|euros?)\b(?: and (?P<c>{_wordnums}|\d\d?) cents?)?'
+                    rf'|(?:\b(?:price[ds]?|costs?|costing|sells?|retails?|listed|goes)(?: (?:is|at|of|for|around|about|just|only)){{0,3}}:? )(?P<d>{_num}(?<=[.,]\d\d))(?!\s?[%\w])')
+_range = re.compile(r'\s?(?:-|–|—|to|and|through)\s?$')
+_between = re.compile(r'\bbetween\b[^.]{0,12}$')
 _hedges = (('about', r'(?:about|around|approximately|approx\.?|roughly|nearly|almost|close to|just over|just under|~)'),
            ('under', r'(?:under|below|less than|cheaper than|no more than|at most|not exceed|within|lower than)'),
            ('over', r'(?:over|above|more than|at least|exceeds?|upwards of)'),
            ('to', r'(?:up to|as (?:high|much) as|tops out at|maximum (?:price )?(?:is|of)|(?:most expensive|priciest|dearest|costliest)(?: \w+){0,3} (?:is|at|costs))'),
            ('from', r'(?<!down )(?<!reduced )(?<!dropped )(?:from|starts? at|starting at|begins? at|beginning at|as (?:low|little) as|lowest price (?:is|of)|minimum (?:price )?(?:is|of)|cheapest(?: \w+){0,3} (?:is|at|costs))'))
-_hedge = re.compile(''.join(f'(?P<{n}>\\b{r}|(?<!\\w){r})|' if n == 'about' else f'(?P<{n}>\\b{r})|' for n, r in _hedges).rstrip('|').join(('(?:', r')\s(?:only |just |a |the )?$')), re.I)
-_no_price = re.compile(r'\b(?:shipping|delivery|postage|fees?|gift cards?|balance|budget|deposit|refund\w*|credit\w*|paid|charged|sav(?:e|es|ed|ings?)|discount\w*|difference|coupon|voucher|spend\w*|spent|'
-                       r'tax|was|were|originally|previously|formerly|used to (?:be|cost)|reduced from|down from|dropped from|instead of|rewards?|tip|worth|orders? (?:over|above|of)|purchases? (?:over|above|of)|threshold|limit)\b[^.;!?]{0,28}$', re.I)
-_not_after = re.compile(r'\s?(?:\)|-)?\s?(?:off|discount|more|less|extra|cheaper|dearer|higher|lower|savings?|gift|credit|refund|shipping|fee|balance|deposit|voucher|coupon|minimum|tax|budget|difference|or (?:more|less)|(?:of|in) (?:savings?|credit))\b', re.I)
-_total = re.compile(r'\b(?:total\w*|altogether|subtotal|sum|combined|in all|c[ao]mes? (?:out )?to|coming to|adds? up to|together|for both|the (?:pair|lot))\b[^.;!?]{0,40}$', re.I)
-_total_after = re.compile(r'[^.;!?,]{0,12}\b(?:total|altogether|in all|together|combined|for (?:both|all|the (?:pair|lot|set of)|\d+|two|three|four|five))\b', re.I)
+_hedge = re.compile(''.join(f'(?P<{n}>\\b{r}|(?<!\\w){r})|' if n == 'about' else f'(?P<{n}>\\b{r})|' for n, r in _hedges).rstrip('|').join(('(?:', r')\s(?:only |just |a |the )?$')))
+_total = r'total\w*|altogether|subtotal|sum|combined|in all|c[ao]mes? (?:out )?to|coming to|adds? up to|together|for both|the (?:pair|lot)'
+_no_price = (r'shipping|delivery|postage|fees?|gift cards?|balance|budget|deposit|refund\w*|credit\w*|paid|charged|sav(?:e|es|ed|ings?)|discount\w*|difference|coupon|voucher|spend\w*|spent|'
+             r'tax|was|were|originally|previously|formerly|used to (?:be|cost)|reduced from|down from|dropped from|instead of|rewards?|tip|worth|orders? (?:over|above|of)|purchases? (?:over|above|of)|threshold|limit')
+_aside = re.compile(rf'\b(?:(?:{_total})\b[^.;!?]{{0,40}}|(?:{_no_price})\b[^.;!?]{{0,28}})$')   # before an amount that is no price
+_aside_after = re.compile(r'[^.;!?,]{0,12}\b(?:total|altogether|in all|together|combined|for (?:both|all|the (?:pair|lot|set of)|\d+|two|three|four|five))\b|\s?(?:\)|-)?\s?(?:off|discount|more|less|extra|cheaper|dearer|higher|lower|'
+                          r'savings?|gift|credit|refund|shipping|fee|balance|deposit|voucher|coupon|minimum|tax|budget|difference|or (?:more|less)|(?:of|in) (?:savings?|credit))\b')
 
 # %% ../nbs/53_facts.ipynb #87b3fafb
 def _money_value(m):
     "The number of a match of `_money`."
-    v = read_number(m['a'] or m['b'] or m['w'] or m['d'])
+    v = read_number(next(filter(None, m.group('a', 'b', 'w', 'd'))))
     if v is not None and m['k']: v *= 1000
     if v is not None and m['c']: v += (read_number(m['c']) or 0) / 100
     return None if v is None else round(v, 2)
@@ -372,43 +403,40 @@ _money_hints = ('$', '€', '£', 'usd', 'eur', 'gbp', 'dollar', 'bucks', 'price
 # %% ../nbs/53_facts.ipynb #53106448
 def _money_claims(text):
     "Prices and other amounts in a text."
-    found = []
-    for m in (m for s, e in _parts_with(text, _money_hints) for m in _money.finditer(text, s, e)):
+    found, low = [], _lower(text)
+    for m in (m for s, e in _parts_with(text, _money_hints) for m in _money.finditer(low, s, e)):
         value, start, end = _money_value(m), m.start('d') if m['d'] else m.start(), m.end()
         if value is None: continue
-        before, after = text[max(0, start - 70):start], text[end:end + 40]
-        h = _hedge.search(before)
-        how, kind = h.lastgroup if h else '', 'price'
-        if _total.search(before) or _total_after.match(after): kind = 'amount'
-        elif _no_price.search(before) or _not_after.match(after): kind = 'amount'
-        found.append(Claim(kind, text[start:end], start, end, value, how))
-    return _ranges(text, found)
+        h = low[start - 1:start].isspace() and _hedge.search(_since(',;!?(', low, start, 70))
+        aside = _aside.search(_since('.;!?', low, start, 70)) or _aside_after.match(low[end:end + 40])
+        found.append(Claim('amount' if aside else 'price', text[start:end], start, end, value, h.lastgroup if h else ''))
+    return _ranges(low, found, text)
 
 # %% ../nbs/53_facts.ipynb #02d24785
-def _ranges(text, found):
+def _ranges(low, found, text):
     "Two prices with 'to' between them are a range."
     out = []
     for c in found:
         last = out[-1] if out else None
-        if last and last.kind == 'price' and c.start - last.end <= 9 and _range.match(text[last.end:c.start]) and (text[last.end:c.start].strip() != 'and' or re.search(r'\bbetween\b[^.]{0,12}$', text[:last.start][-24:], re.I)) and last.how in ('', 'from', 'about') and c.value >= last.value:
+        if last and last.kind == 'price' and c.start - last.end <= 9 and _range.match(low[last.end:c.start]) and (low[last.end:c.start].strip() != 'and' or _between.search(low[max(0, last.start - 24):last.start])) and last.how in ('', 'from', 'about') and c.value >= last.value:
             out[-1] = Claim('price', text[last.start:c.end], last.start, c.end, (last.value, c.value), 'range')
         else: out.append(c)
     return out
 
 # %% ../nbs/53_facts.ipynb #aca64cb2
 _adv = r'(?:currently|presently|temporarily|now|still|also|always|all|both|again|unfortunately|sadly|yet|readily|immediately|actually|indeed|right now|at the moment|completely|fully|longer) '
-_out = (rf"\bout of stock|\bsold[ -]out|\bunavailable|\bback-?ordered|\bon back-?order|\bdiscontinued|\brun out\b|\bran out\b|\bout-of-stock|\bnot (?:{_adv})?(?:available|in stock|on hand|sold|offered|carried|stocked)\b"
-        rf"|\b(?:is|are|was|were|do|does|did|have|has|ca|could|wo)(?:n['’]t|n['’]t been| not| no) (?:{_adv}){{0,2}}(?:available|in stock|on hand|have|carry|stock|offer|sell|come|keep|be (?:ordered|bought|purchased))\b(?: (?:it|any|them|this|that|one))?(?: (?:left|available|in stock|on hand))?"
-        rf"|\bno longer (?:available|in stock|on sale|sold|carried|offered|have|stocked?)\b|\bno (?:more )?(?:stock|units?|pieces?) (?:left|available|remain\w*)|\bnone (?:left|available|in stock|remain\w*)|\b(?:cannot|can['’]?t|can not) (?:currently )?be (?:ordered|bought|purchased)|\bnot be (?:ordered|bought|purchased)|\bawaiting (?:a )?restock\w*|\bgone\b(?= (?:for now|at the moment))")
-_in = (rf"\bin[ -]stock\b|\bready to (?:ship|go|be shipped)|\bon hand\b|\b(?:can|may) (?:still )?be (?:ordered|bought|purchased|shipped) (?:now|today|right away|immediately)|\b(?:have|has) (?:it|this|that|them|this one|that one|plenty|some|several|a few|units?|\d+|one|two|three)(?: \w+)? (?:available|left|on hand|ready)|\bavailability: yes"
-       rf"|\b(?:is|are|'s|’s|'re|’re|remains?|currently|now|still|both|all|it's) (?:{_adv}){{0,2}}available\b(?! (?:in (?:the )?(?:\w+ ){{0,2}}(?:colou?rs|sizes|versions|variants|options)|for (?:return|exchange|refund|pick)|as|with|on|via|colou?rs?|sizes?|options?|balance))|\bavailable (?:now|today|immediately|right now|for (?:purchase|order|immediate)|to (?:order|buy|purchase|ship))|(?<=[:(,|–] )\b(?:available|yes, available)(?=\s*(?:[.,;)|]|$))|\bavailable(?=\s*(?:[.!;)|]|$|(?:and|but|at the moment|right now|, (?:and|but|so|for))\b))|\bwell stocked\b|\bstocked\b(?! out)")
-_table = r'\b(?:in stock|available|availability|stock(?: status)?)\**\s?[:=|]\**\s?'
-_stock = re.compile(rf'\b(?:(?P<out>{_table}(?:no\b|false\b|none\b|0\b)|{_out})|(?P<in>{_table}(?:yes\b|true\b)|{_in}))', re.I | re.M)
-_if = re.compile(r"\b(?:if|when|whenever|once|whether|unless|until|till|should|as soon as|in case|notif\w+|(?<!-)back(?= *$)|whichever|alert\w*|only when|were)\b[^.;!?,]{0,60}$", re.I)
+_out = (rf"out of stock|sold[ -]out|unavailable|back-?ordered|on back-?order|discontinued|run out\b|ran out\b|out-of-stock|not (?:{_adv})?(?:available|in stock|on hand|sold|offered|carried|stocked)\b"
+        rf"|(?:is|are|was|were|do|does|did|have|has|ca|could|wo)(?:n['’]t|n['’]t been| not| no) (?:{_adv}){{0,2}}(?:available|in stock|on hand|have|carry|stock|offer|sell|come|keep|be (?:ordered|bought|purchased))\b(?: (?:it|any|them|this|that|one))?(?: (?:left|available|in stock|on hand))?"
+        rf"|no longer (?:available|in stock|on sale|sold|carried|offered|have|stocked?)\b|no (?:more )?(?:stock|units?|pieces?) (?:left|available|remain\w*)|none (?:left|available|in stock|remain\w*)|(?:cannot|can['’]?t|can not) (?:currently )?be (?:ordered|bought|purchased)|not be (?:ordered|bought|purchased)|awaiting (?:a )?restock\w*|gone\b(?= (?:for now|at the moment))")
+_in = (rf"in[ -]stock\b|ready to (?:ship|go|be shipped)|on hand\b|(?:can|may) (?:still )?be (?:ordered|bought|purchased|shipped) (?:now|today|right away|immediately)|(?:have|has) (?:it|this|that|them|this one|that one|plenty|some|several|a few|units?|\d+|one|two|three)(?: \w+)? (?:available|left|on hand|ready)|availability: yes"
+       rf"|(?:is|are|'s|’s|'re|’re|remains?|currently|now|still|both|all|it's) (?:{_adv}){{0,2}}available\b(?! (?:in (?:the )?(?:\w+ ){{0,2}}(?:colou?rs|sizes|versions|variants|options)|for (?:return|exchange|refund|pick)|as|with|on|via|colou?rs?|sizes?|options?|balance))|available (?:now|today|immediately|right now|for (?:purchase|order|immediate)|to (?:order|buy|purchase|ship))|(?<=[:(,|–] )\b(?:available|yes, available)(?=\s*(?:[.,;)|]|$))|available(?=\s*(?:[.!;)|]|$|(?:and|but|at the moment|right now|, (?:and|but|so|for))\b))|well stocked\b|stocked\b(?! out)")
+_table = r'(?:in stock|available|availability|stock(?: status)?)\**\s?[:=|]\**\s?'
+_stock = re.compile(rf'\b(?:(?P<out>{_table}(?:no\b|false\b|none\b|0\b)|{_out})|(?P<in>{_table}(?:yes\b|true\b)|{_in}))', re.M)
+_if = re.compile(r"\b(?:if|when|whenever|once|whether|unless|until|till|should|as soon as|in case|notif\w+|(?<!-)back(?= *$)|whichever|alert\w*|only when|were)\b[^.;!?,]{0,60}$")
 
-_nay = re.compile(r"(?:\bnot\b(?! only)|n['’]t\b|\bno longer\b|\bneither\b|\bnever\b|\bnone of\b)(?:(?!\bbut\b|\band (?:it|the|we)\b)(?:[^.;!?\n]|\.(?=\d)))*$", re.I)
-_nay_near = re.compile(r"(?:\bnot\b|n['’]t\b|\bnever\b) (?:\w+ )?$", re.I)
-_elsewhere = re.compile(r"\b(?:may|might|could|other|another|different|alternatives?|similar)\b[^.;!?,\n]{0,40}$", re.I)
+_nay = re.compile(r"(?:\bnot\b(?! only)|n['’]t\b|\bno longer\b|\bneither\b|\bnever\b|\bnone of\b)(?:(?!\bbut\b|\band (?:it|the|we)\b)(?:[^.;!?\n]|\.(?=\d)))*$")
+_nay_near = re.compile(r"(?:\bnot\b|n['’]t\b|\bnever\b) (?:\w+ )?$")
+_elsewhere = re.compile(r"\b(?:may|might|could|other|another|different|alternatives?|similar)\b[^.;!?,\n]{0,40}$")
 
 _stock_hints = ('stock', 'avail', 'sold', 'be order', 'backorder', 'back-order', 'discontinu', 'un out', 'an out', 'on hand', 'ready', 'n\'t', 'n’t', ' not ', 'no longer', 'none', 'left', 'gone', 'purchased', 'bought', 'no more', 'no unit')
 
@@ -416,27 +444,27 @@ _stock_hints = ('stock', 'avail', 'sold', 'be order', 'backorder', 'back-order',
 def _stock_claims(text, hidden=()):
     "Where a text says that something is or is not there; hidden: values such as 'not resistant', which deny nothing."
     for s, e in hidden: text = text[:s] + '_' * (e - s) + text[e:]
-    out = []
-    for m in (m for s, e in _parts_with(text, _stock_hints) for m in _stock.finditer(text, s, e)):
-        before = text[max(0, m.start() - 240):m.start()]
-        if _if.search(before) or m.lastgroup == 'in' and _elsewhere.search(before): continue
-        there = m.lastgroup == 'in'
-        if (_nay if there else _nay_near).search(before):
+    out, low = [], _lower(text)
+    for m in (m for s, e in _parts_with(text, _stock_hints) for m in _stock.finditer(low, s, e)):
+        there, clause, before = m.lastgroup == 'in', _since('.;!?,', low, m.start(), 240), _since(';!?\n', low, m.start(), 240)
+        if _if.search(clause) or there and _elsewhere.search(clause): continue
+        if _may_deny(before) and (_nay if there else _nay_near).search(before):
             if there and out and not out[-1].value and m.start() - out[-1].end < 240: continue   # we do not have … in stock: said already
             there = not there
-        out.append(Claim('stock', m[0], m.start(), m.end(), there))
+        out.append(Claim('stock', text[m.start():m.end()], m.start(), m.end(), there))
     return out
 
 # %% ../nbs/53_facts.ipynb #9fa30f7b
-_dur = re.compile(rf'\b(?:(?P<a>{_wordnums}|\d{{1,4}}|an?\b)(?:(?:\s?[-–]\s?|\s(?:to|or|and)\s)(?P<b>{_wordnums}|\d{{1,4}}\b))?(?:\s\(\d+\))?(?P<gap>[\s-]{{1,2}})(?:(?P<biz>business|working|calendar|full|consecutive)[\s-])?(?P<unit>hour|day|week|month|year)s?\b|(?P<now>immediately|instantly|right away|straight away)\b|(?P<fort>fortnight)\b)', re.I)
+_dur = re.compile(rf'\b(?:(?P<a>{_wordnums}|\d{{1,4}}|an?\b)(?:(?:\s?[-–]\s?|\s(?:to|or|and)\s)(?P<b>{_wordnums}|\d{{1,4}}\b))?(?:\s\(\d+\))?(?P<gap>[\s-]{{1,2}})(?:(?P<biz>business|working|calendar|full|consecutive)[\s-])?(?P<unit>hour|day|week|month|year)s?\b|(?P<now>immediately|instantly|right away|straight away)\b|(?P<fort>fortnight)\b)')
 _days = dict(hour=1 / 24, day=1, week=7, month=30, year=365)
 _topics = {'exchange': r'exchang\w*|swap\w*|replacement', 'return': r'return\w*|(?:send|bring|give|ship) (?:it|them|the \w+|items?|\w+ items?|anything|something|this|that)? ?back|sent back|brought back|hand(?:ed)? back',
            'refund': r'refund\w*|money back|money-back|reimburse\w*|credited|repaid', 'cancel': r'cancel\w*', 'warranty': r'warrant\w*|guarantee\w*', 'delivery': r'ship(?:s|ped|ping|ment)?|deliver\w*|arriv\w*|dispatch\w*|delivery',
            'price': r'price (?:match|adjust)\w*'}
-_topic = re.compile(r'\b(?=[a-z])(?:' + '|'.join(rf'(?P<{k}>(?:{v})\b)' for k, v in _topics.items()) + ')', re.I)
-_anchors = re.compile(r"\b(?:of|from|after|since|upon|following)(?: (?:the|your|its|date|day|of|our|original|receiv\w+|we|it|is|they|are|you|a|item|items|order|successful|confirmed|actual|initial|getting|package|product|purchase|has|have|been)){0,6}\s*$", re.I)
-_paying = re.compile(r'\b(?:process\w*|issued?|credited|takes?|taking|receive[ds]?|appears?|posted?|arrives?|back (?:on|to|in)|sent|expect|complet\w+|business|working|show(?:s|n)? up|reach\w*|made|will be refunded|reflect\w*|see)\b', re.I)
-_ago = re.compile(r'\s(?:ago|old|earlier|before|later than)\b|\s(?:of|\')?\s?(?:battery|playtime|playback|use\b|charge)', re.I)
+_topic = re.compile(r'\b(?=[a-z])(?:' + '|'.join(rf'(?P<{k}>(?:{v})\b)' for k, v in _topics.items()) + ')')
+_anchors = re.compile(r"\b(?:of|from|after|since|upon|following)(?: (?:the|your|its|date|day|of|our|original|receiv\w+|we|it|is|they|are|you|a|item|items|order|successful|confirmed|actual|initial|getting|package|product|purchase|has|have|been)){0,6}\s*$")
+_paying = re.compile(r'\b(?:process\w*|issued?|credited|takes?|taking|receive[ds]?|appears?|posted?|arrives?|back (?:on|to|in)|sent|expect|complet\w+|business|working|show(?:s|n)? up|reach\w*|made|will be refunded|reflect\w*|see)\b')
+_past = re.compile(r'\b(?:last|past|previous|every|per|once) $')
+_ago = re.compile(r'\s(?:ago|old|earlier|before|later than)\b|\s(?:of|\')?\s?(?:battery|playtime|playback|use\b|charge)')
 
 # %% ../nbs/53_facts.ipynb #30cdb3a8
 def _duration(m):
@@ -445,9 +473,9 @@ def _duration(m):
     if m['fort']: return 14., 14.
     low = read_number(m['a'])
     high = read_number(m['b']) if m['b'] else low
-    return None if low is None or high is None or high < low else (low * _days[m['unit'].lower()], high * _days[m['unit'].lower()])
+    return None if low is None or high is None or high < low else (low * _days[m['unit']], high * _days[m['unit']])
 
-_clause = re.compile(r'[,;:]\s|\s[–—-]\s|\b(?:but|while|whereas|however|otherwise|although|except)\b', re.I)
+_clause = re.compile(r'[,;:]\s|\s[–—-]\s|\b(?:but|while|whereas|however|otherwise|although|except)\b')
 
 def _cut(text, at):
     "Start and end of the clause around a place."
@@ -466,8 +494,8 @@ def _topic_words(part):
         out.append((m.start(), m.end(), m.lastgroup, bool(_anchors.search(before)), m.lastgroup == 'refund' and bool(_for_a.search(before))))
     return out
 
-_for_a = re.compile(r'\bfor (?:a |an )?(?:full |complete |store )?$', re.I)
-_or = re.compile(r'\S+\s?(?:and|or|/|&|, or)\s?(?:a )?|\S+/|\S+ \w+ (?:and|or) ', re.I)
+_for_a = re.compile(r'\bfor (?:a |an )?(?:full |complete |store )?$')
+_or = re.compile(r'\S+\s?(?:and|or|/|&|, or)\s?(?:a )?|\S+/|\S+ \w+ (?:and|or) ')
 
 # %% ../nbs/53_facts.ipynb #39b83520
 def _topics_of(part, words, start, end):
@@ -491,28 +519,27 @@ _units_of_time = ('hour', ' day', '-day', 'week', 'month', 'year', 'immediately'
 # %% ../nbs/53_facts.ipynb #0d968369
 def _window_claims(text, heading=''):
     "Durations of returns, refunds, exchanges and the like."
-    out, timed = [], _parts_with(text, _units_of_time)
-    for s, e in timed:
-        part, topic, words = text[s:e], None, None
+    out, low = [], _lower(text)
+    for s, e in _parts_with(text, _units_of_time):
+        part, topic, words = low[s:e], None, None
         for m in _dur.finditer(part):
-            d = _duration(m)
-            if d is None or _ago.match(part[m.end():m.end() + 20]) or re.search(r'\b(?:last|past|previous|every|per|once) $', part[max(0, m.start() - 10):m.start()], re.I): continue
+            d, unit = _duration(m), m['unit'] or 'day'
+            if d is None or _ago.match(part[m.end():m.end() + 20]) or _past.search(part[max(0, m.start() - 10):m.start()]): continue
             if words is None: words = _topic_words(part)
             if topic is None: topic = heading or _topic_before(text, s)
             here = _topics_of(part, words, m.start(), m.end())
-            if not here and topic and len(part) < 120 and (m['unit'] or 'day').lower() not in ('hour', 'year'): here = {topic}
-            if m['now'] and 'refund' not in here: continue
-            if m['unit'] and m['unit'].lower() == 'hour' and not here & {'cancel', 'refund', 'delivery', 'return', 'exchange'}: continue
-            if here: out.append(Claim('window', m[0], s + m.start(), s + m.end(), d, ' '.join(sorted(here))))
+            if not here and topic and len(part) < 120 and unit not in ('hour', 'year'): here = {topic}
+            if m['now'] and 'refund' not in here or unit == 'hour' and not here & {'cancel', 'refund', 'delivery', 'return', 'exchange'}: continue
+            if here: out.append(Claim('window', text[s + m.start():s + m.end()], s + m.start(), s + m.end(), d, ' '.join(sorted(here))))
     return out
 
 # %% ../nbs/53_facts.ipynb #d36fa3a8
 def _topic_before(text, s):
     "The topic of the nearest of the three sentences before that has one."
-    parts = _parts(text)
+    parts, low = _parts(text), _lower(text)
     i = bisect_right(parts, (s,))
     for a, b in parts[max(0, i - 3):i][::-1]:
-        if m := _topic.search(text, a, b): return m.lastgroup
+        if m := _topic.search(low, a, b): return m.lastgroup
     return ''
 
 # %% ../nbs/53_facts.ipynb #fbf2b2a3
@@ -537,31 +564,34 @@ def _restrictions(part, start, end):
 
 # %% ../nbs/53_facts.ipynb #baedbd94
 _percent = rf'{_num}\s?(?:%|percent\b)'
-_fee = re.compile(rf'(?:{_money.pattern.replace("(?P<", "(?P<m")})|(?P<pct>{_percent})', re.I)
+_fee = re.compile(rf'(?:{_money.pattern.replace("(?P<", "(?P<m")})|(?P<pct>{_percent})')
 _fee_topics = {'free shipping': r'free (?:standard |express )?(?:shipping|delivery)|(?:ship|deliver)\w* (?:is |are )?(?:for )?free', 'restocking': r'restock\w* (?:fee|charge)', 'shipping': r'(?:shipping|delivery|postage)(?: and handling)?(?: (?:fee|cost|charge|rate))?', 'late': r'late fee', 'gift wrap': r'gift[- ]?wrap\w*'}
-_fee_topic = re.compile('|'.join(f'(?P<t{i}>\\b(?:{v})\\b)' for i, v in enumerate(_fee_topics.values())), re.I)
+_fee_topic = re.compile('|'.join(f'(?P<t{i}>\\b(?:{v})\\b)' for i, v in enumerate(_fee_topics.values())))
 
-_threshold = re.compile(r'\b(?:over|above|more than|at least|exceed\w*|spend\w*|of) (?:more than |at least |over )?$', re.I)
+_fee_hints = (*_money_hints, '%', 'percent')
+_refunded = re.compile(r'\b(?:paid|charged|refund\w*)\b[^.;]{0,12}$')
+_threshold = re.compile(r'\b(?:over|above|more than|at least|exceed\w*|spend\w*|of) (?:more than |at least |over )?$')
 
 # %% ../nbs/53_facts.ipynb #6f59f894
 def _fee_claims(text):
     "Amounts that are said of shipping, restocking and the like."
-    out, names = [], list(_fee_topics)
+    out, names, low = [], list(_fee_topics), _lower(text)
     for s, e in _parts_with(text, ('ship', 'deliver', 'fee', 'wrap', 'postage', 'restock')):
-        part = text[s:e]
+        part = low[s:e]
+        if not any(h in part for h in _fee_hints): continue
         every = [(m.start(), m.end(), names[int(m.lastgroup[1:])]) for m in _fee_topic.finditer(part)]
         if not every: continue
         starts = [t[0] for t in every]
         for m in _fee.finditer(part):
             topics = every[bisect_right(starts, m.start() - 100):bisect_right(starts, m.end() + 100)]
             if not topics: continue
-            low, high = _cut(part, m.start())
-            far = lambda t: (m.start() - t[1] if t[1] <= m.start() else t[0] - m.end() + 15) + 25 * (not low <= t[0] < high)
+            a, b = _cut(part, m.start())
+            far = lambda t: (m.start() - t[1] if t[1] <= m.start() else t[0] - m.end() + 15) + 25 * (not a <= t[0] < b)
             near = min(topics, key=far)
             if far(near) > 65: continue
-            number = re.search(_num, m[0]) if not re.search(r'\b(?:paid|charged|refund\w*)\b[^.;]{0,12}$', part[max(0, m.start() - 30):m.start()], re.I) else None
+            number = re.search(_num, m[0]) if not _refunded.search(part[max(0, m.start() - 30):m.start()]) else None
             topic = 'free shipping' if near[2] == 'shipping' and _threshold.search(part[max(0, m.start() - 40):m.start()]) else near[2]
-            if number: out.append(Claim('fee', m[0], s + m.start(), s + m.end(), read_number(number[0]), topic))
+            if number: out.append(Claim('fee', text[s + m.start():s + m.end()], s + m.start(), s + m.end(), read_number(number[0]), topic))
     return out
 
 # %% ../nbs/53_facts.ipynb #6638f920
@@ -574,11 +604,11 @@ class Policy:
         self.text, self.fingerprint, self.rules = text, fingerprint(text), []
         heading = ''
         for s, e in _parts(text):
-            part = text[s:e]
-            if part.startswith('#') or part.rstrip().endswith(':') and len(part) < 60: heading = next((m.lastgroup for m in _topic.finditer(part)), '')
+            part, low = text[s:e], _lower(text)[s:e]
+            if part.startswith('#') or part.rstrip().endswith(':') and len(part) < 60: heading = next((m.lastgroup for m in _topic.finditer(low)), '')
             for c in _window_claims(part, heading):
-                for t in c.how.split(): self.rules.append(Rule(t, c.value, _restrictions(part, c.start, c.end), part))
-            self.rules += [Rule(c.how, c.value, _restrictions(part, c.start, c.end), part) for c in _fee_claims(part)]
+                for t in c.how.split(): self.rules.append(Rule(t, c.value, _restrictions(low, c.start, c.end), part))
+            self.rules += [Rule(c.how, c.value, _restrictions(low, c.start, c.end), part) for c in _fee_claims(part)]
         self._check()
 
     def __repr__(self): return f'Policy({plural(len(self.rules), "rule")}: {", ".join(sorted({r.topic for r in self.rules}))})'
@@ -621,21 +651,7 @@ _articles = set('a an the this that our your these those its'.split())
 
 def _tokens(text):
     "Words of a text: (plain form, start, end)."
-    out = []
-    for m in _word.finditer(text):
-        s, e = m.span()
-        p = _plain(m[0])
-        if ' ' in p: out += [(w, s, e) for w in p.split()]
-        else: out.append((p, s, e))
-    return out
-
-@patch
-def _near_word(self: Catalogue, w):
-    "The word of the product names that differs from `w` in one letter at most, or `w`."
-    if len(w) < 5 or len(w) > 40 or w in self.vocabulary: return w   # the work grows with the square of the length
-    hits = set().union(*(self.near.get(d, ()) for d in (_deletions(w) | {w}))) if self.vocabulary else ()
-    hits = [h for h in hits if h[0] == w[0] and abs(len(h) - len(w)) <= 1]
-    return hits[0] if len(hits) == 1 else w
+    return [(p, s, e) for m in _word.finditer(text) for s, e in [m.span()] for p in _plain_words[m[0]]]
 
 # %% ../nbs/53_facts.ipynb #f6ac98b8
 @dataclass
@@ -655,42 +671,30 @@ def _mention_at(self: Catalogue, words, i):
     w = words[i]
     for name, p in self.by_first.get(w, ()) or (): 
         if tuple(words[i:i + len(name)]) == name: return p, len(name)
-    near = self._near(w)
+    near = self.nearest[w]
     if near in self.by_first or i + 1 < len(words) and w in self.by_first:
         for name, p in self.by_first.get(near, ()):
             if len(name) == 1 and (near == w or len(w) < 6): continue
-            if len(words) >= i + len(name) and all(a == b or self._near(b) == a for a, b in zip(name, words[i:i + len(name)])): return p, len(name)
-
-@patch
-def _near(self: Catalogue, w):
-    "`_near_word`, remembered."
-    seen = self.__dict__.setdefault('_seen', {})
-    if w not in seen:
-        if len(seen) > 50_000: seen.clear()
-        seen[w] = self._near_word(w)
-    return seen[w]
+            if len(words) >= i + len(name) and all(a == b or self.nearest[b] == a for a, b in zip(name, words[i:i + len(name)])): return p, len(name)
 
 # %% ../nbs/53_facts.ipynb #48dda69f
 @patch
 def _mentions(self: Catalogue, text, toks):
     "Mentions in the order of the text."
-    words, out, i, last = [t[0] for t in toks], [], 0, None
-    maybe = {w for w in set(words) if w in self.by_first or w in self.heads or w in self.id_first or self._near(w) in self.by_first}
-    while i < len(words):
+    words, out, last, done = [t[0] for t in toks], [], None, 0
+    for i in [i for i, w in enumerate(words) if self.may_name[w]]:
         w, hit = words[i], None
-        if w not in maybe:
-            i += 1; continue
+        if i < done: continue
         if w in self.id_first: hit = self._id_at(text, toks, i)
-        if hit is None and (w in self.by_first or self._near(w) in self.by_first) and (found := self._mention_at(words, i)): hit = found[0], found[0].all, found[1]
+        if hit is None and (w in self.by_first or self.nearest[w] in self.by_first) and (found := self._mention_at(words, i)): hit = found[0], found[0].all, found[1]
         if hit is None and w in self.heads and i and (words[i - 1] in _articles or words[i - 1] in self.values or words[i - 1] in _letters):
             heads = [p for p in self.heads[w] if len(p.words) > 1]
             p = heads[0] if len(heads) == 1 else last if last in heads else None
             if p: hit = p, p.all, 1
-        if hit:
-            p, rows, n = hit
-            out.append(_Mention(toks[i][1], toks[i + n - 1][2], p, rows, i, i + n))
-            last, i = p, i + n
-        else: i += 1
+        if not hit: continue
+        last, rows, n = hit
+        done = i + n
+        out.append(_Mention(toks[i][1], toks[done - 1][2], last, rows, i, done))
     return [m for a, m, b in zip([None, *out], out, [*out[1:], None]) if not _is_value(text, words, m, a, b)]
 
 # %% ../nbs/53_facts.ipynb #67ed4186
@@ -740,25 +744,36 @@ def _key_before(self: Catalogue, text, toks, words, i):
     return (words[j - 1],) if words[j - 1] in self.key_words else ()
 
 # %% ../nbs/53_facts.ipynb #58b6b158
-_size_text = re.compile(r'\bsizes?\b|\b(?:in|size) an? (?=\d)', re.I)
 _comes = set('come available offered sold made stocked sell have carry offer it them'.split())
 _choices = re.compile(r'([A-Za-z]+) (?:options?|choices?)\b[^:.;\n]{0,60}:\s*$')
-_denied = re.compile(r"(?:\bnot\b|n['’]t\b|\bno\b|\bnever\b|\bwithout\b|\bneither\b|\bnor\b|\bnon)[^.;:!?]{0,40}$", re.I)
-_wish = re.compile(r"\b(?:you(?:['’]ve|['’]d| have| had| might)? (?:asked|requested|wanted|want|mentioned|need|were looking|are looking|inquired|returned|prefer|said)|you(?:['’]re| are) looking|if you|looking for|instead of|rather than|other than|besides|apart from|unlike)\b[^,;.!?(:]{0,60}$", re.I)
+_denied = re.compile(r"(?:\bnot\b|n['’]t\b|\bno\b|\bnever\b|\bwithout\b|\bneither\b|\bnor\b|\bnon)[^.;:!?]{0,40}$")
+_wish = re.compile(r"\b(?:you(?:['’]ve|['’]d| have| had| might)? (?:asked|requested|wanted|want|mentioned|need|were looking|are looking|inquired|returned|prefer|said)|you(?:['’]re| are) looking|if you|looking for|instead of|rather than|other than|besides|apart from|unlike)\b[^,;.!?(:]{0,60}$")
+_listing = re.compile(r'\s?(?:,|/|-|–)?\s?(?:and|or|to|through)?\s?(?:a )?')
+
+def _choice_of(text, at):
+    "The option whose choices are listed from here on, as in 'color options: ', or None."
+    before = text[max(0, at - 90):at]
+    return _choices.search(before) if before.rstrip().endswith(':') else None
+
+def _may_wish(low): return 'you' in low or ' than' in low or 'look' in low or 'instead' in low or 'besides' in low or 'apart' in low or 'unlike' in low
+
+def _wished(low, at, start):
+    "Whether what stands there is what the guest asked for and no claim."
+    return _wish.search(_since(',;.!?(:', low, at, min(120, at - start)))
 
 @patch
 def _options_in(self: Catalogue, text, toks, taken):
     "Values of options among the words that name no product."
-    words, out, i = [t[0] for t in toks], [], 0
-    while i < len(words):
-        w = words[i]
-        if w in self.busy_keys and (k := next((k for k in self.busy_keys[w] if tuple(words[i:i + len(k)]) == k), None)) and i + len(k) < len(words): i += len(k); continue
-        may = (w in self.values or w[0].isdigit() or w in _letters or i and words[i - 1] in _sizeish) and i not in taken
-        if not may or not (n := self._value_at(text, toks, words, i)): i += 1; continue
+    words, out, done = [t[0] for t in toks], [], 0
+    for i in [i for i, w in enumerate(words) if self.may_value[w] or i and words[i - 1] in _sizeish]:
+        if i < done: continue
+        k = next((k for k in self.busy_keys.get(words[i], ()) if tuple(words[i:i + len(k)]) == k), ())
+        if k and i + len(k) < len(words): done = i + len(k); continue
+        if i in taken or not (n := self._value_at(text, toks, words, i)): continue
         o = _Option(i, i + n, toks[i][1], toks[i + n - 1][2], tuple(words[i:i + n]), _quantity(words[i:i + n]))
         self._describe(text, toks, words, o, out)
         if o.key or o.words not in (('yes',), ('no',)): out.append(o)
-        i += n
+        done = i + n
     return out
 
 # %% ../nbs/53_facts.ipynb #2602389d
@@ -772,22 +787,24 @@ def _value_at(self: Catalogue, text, toks, words, i):
     if w in _letters and raw in _letter_sizes and len(w) > 1: return 1
     if w[0].isdigit():
         if _quantity(words[i:i + 2]) and text[toks[i][2]:toks[i + 1][1]] in ('', ' ', '-') and text[max(0, toks[i][1] - 1):toks[i][1]] not in ('$', '€', '£'): return 2
-        if re.fullmatch(r'\d{1,4}(?:\.\d)?|\d{5}', w) and (self._sized(text, toks, words, i) or self._bare(text, toks, words, i)): return 1
+        if _small_number.fullmatch(w) and (self._sized(text, toks, words, i) or self._bare(text, toks, words, i)): return 1
     if i and words[i - 1] == 'size' and w in _letters: return 1
     return int(i > 0 and words[i - 1] in _sizeish and _stated.fullmatch(text[toks[i - 1][2]:toks[i][1]]) is not None and w not in self.by_first)
 
 _stated = re.compile(r'\s?[:=]\s?')   # size: mini
+_small_number, _year = re.compile(r'\d{1,4}(?:\.\d)?|\d{5}'), re.compile(r'(?:19|20)\d\d')
+_counted = re.compile(r'\s?(?:%|[$€£]|dollar|bucks|usd|day|week|month|year|star|out of|reviews|units?|items?|pairs?|of them)')
 
 # %% ../nbs/53_facts.ipynb #2a859a28
 @patch
 def _sized(self: Catalogue, text, toks, words, i):
     "Whether a bare number is a value: behind the name of an option, before one, or in a list of such."
-    if re.match(r'\s?(?:%|[$€£]|dollar|bucks|usd|day|week|month|year|star|out of|reviews|units?|items?|pairs?|of them)', text[toks[i][2]:toks[i][2] + 9], re.I): return False
+    if _counted.match(text[toks[i][2]:toks[i][2] + 9].lower()): return False
     if text[max(0, toks[i][1] - 2):toks[i][1]].strip()[-1:] in tuple('$#€£.'): return False
     j = i
     while j and i - j < 12 and (words[j - 1].isdigit() or words[j - 1] in ('and', 'or', 'to', 'through')): j -= 1
-    if self._key_before(text, toks, words, j) or _choices.search(text[max(0, toks[j][1] - 90):toks[j][1]]): return True
-    if j > 1 and words[j - 1] == 'in' and words[j - 2] in _comes and not re.fullmatch(r'(?:19|20)\d\d', words[i]): return True
+    if self._key_before(text, toks, words, j) or _choice_of(text, toks[j][1]): return True
+    if j > 1 and words[j - 1] == 'in' and words[j - 2] in _comes and not _year.fullmatch(words[i]): return True
     return (words[i],) in {v for v, _ in self.values.get(words[i], ())} and i + 1 < len(words) and words[i + 1] in self.key_words and text[toks[i][2]:toks[i + 1][1]] in (' ', '-')
 
 @patch
@@ -804,13 +821,13 @@ def _describe(self: Catalogue, text, toks, words, o, before):
     prev = before[-1] if before else None
     o.key = self._key_before(text, toks, words, o.first) if not (prev and (prev.last == o.first or prev.after and prev.last == o.first - 1)) else ()
     gap = text[prev.end:o.start] if prev else ''
-    if not o.key and prev and prev.key and re.fullmatch(r'\s?(?:,|/|-|–)?\s?(?:and|or|to|through)?\s?(?:a )?', gap) and (o.words[0].isdigit() == prev.words[0].isdigit() or o.words[0] in _letters): o.key = prev.key if self._fits(prev.key, o) else ()
-    if not o.key and (m := _choices.search(text[max(0, o.start - 90):o.start])) and (_plain(m[1]),) in self.keys.get(_plain(m[1]), ()): o.key = (_plain(m[1]),)
+    if not o.key and prev and prev.key and _listing.fullmatch(gap) and (o.words[0].isdigit() == prev.words[0].isdigit() or o.words[0] in _letters): o.key = prev.key if self._fits(prev.key, o) else ()
+    if not o.key and (m := _choice_of(text, o.start)) and (_plain(m[1]),) in self.keys.get(_plain(m[1]), ()): o.key = (_plain(m[1]),)
     if o.last < len(words) and text[o.end:toks[o.last][1]] in (' ', '-') and words[o.last] in self.key_words: o.after = words[o.last]
     left, right = text[max(0, o.start - 60):o.start], text[o.end:o.end + 3].lstrip()
-    clause, left = left[_cut(left, len(left))[0]:], left.rstrip()
+    clause, left = left.lower(), left.rstrip()
     o.listed = left[-1:] in tuple('(,:;/|–[') or right[:1] in tuple('),;/|.]') and words[o.first - 1:o.first] in (['in'], ['and'], ['or']) or words[o.first - 1:o.first] == ['in'] and (o.last == len(words) or right[:1] in tuple(').,;'))
-    o.no = bool(_denied.search(clause)) and not re.search(r'not only', clause)
+    o.no = _may_deny(clause) and bool(_denied.search(clause := clause[_cut(clause, len(clause))[0]:])) and 'not only' not in clause
 
 @patch
 def _fits(self: Catalogue, key, o):
@@ -836,12 +853,15 @@ def _named(p, key):
     return [full] if full in p.options else [k for k in p.options if key[-1] in k.split()] if key else list(p.options)
 
 # %% ../nbs/53_facts.ipynb #4428c7cf
-def _hits(p, o):
-    "{option: rows} of the product's options that have this value."
-    keys = _named(p, o.key) if o.key else list(p.options)
-    if o.key and not keys: keys = list(p.options)
-    if o.after and (n := [k for k in keys if o.after in k.split()]) and any(o.words in p.options[k] or o.amount and any(q == o.amount[0] for q, _ in p.sizes[k]) for k in n): keys = n
-    return {k: p.options[k].get(o.words) or p.sizes[k].get(o.amount) for k in keys if o.words in p.options[k] or o.amount and o.amount in p.sizes[k]}
+@patch
+def _rows_of(self: Product, value):
+    "{option: rows} of the options that have a value: its words, its amount, the option's name before it and behind it."
+    words, amount, key, after = value
+    keys = key and _named(self, key) or list(self.options)
+    if after and (n := [k for k in keys if after in k.split()]) and any(words in self.options[k] or amount and any(q == amount[0] for q, _ in self.sizes[k]) for k in n): keys = n
+    return {k: self.options[k].get(words) or self.sizes[k].get(amount) for k in keys if words in self.options[k] or amount and amount in self.sizes[k]}
+
+def _hits(p, o): return p.hits[o.words, o.amount, o.key, o.after]
 
 # %% ../nbs/53_facts.ipynb #b073b0d7
 def _foreign(p, o):
@@ -923,7 +943,7 @@ def _judge(g):
     denies = any(c.value is False for c in g.stocks) and not any(c.how == '' for c in g.prices)
     rows = _narrow(base, sets)
     priced = lambda rs: {p.rows[i]['price'] for i in rs} - {None}
-    def mark(c, status, right='', why=''): out.append(replace(c, product=p.name, status=status, right=right, why=why))
+    def mark(c, status, right='', why=''): out.append(c._replace(product=p.name, status=status, right=right, why=why))
     culprit = _culprit(g, sets, priced) if not rows and sets and not denies else None
     for k, found in sets.items():
         for o, r in found: mark(_as_claim(g, o, k[0]), *(_wrong_option(g, k, sets, priced) if k == culprit else ('supported',)))
@@ -1008,14 +1028,18 @@ def _opposite(c):
     return f'{m[1].replace("still ", "currently ")}unavailable' if m else ''
 
 # %% ../nbs/53_facts.ipynb #ba9fdaa4
-_pause = re.compile(r'(?<=\S)\s(?:but|while|whereas|however|although|though)\s', re.I)
-_joined = re.compile(r'[\s,]*(?:and|or|&|plus|as well as|,|nor)[\s,]*(?:also |both |our |the |a |an |in |size |color )*', re.I)
+_pause = re.compile(r'(?<=\S)\s(?:but|while|whereas|however|although|though)\s')
+_joined = re.compile(r'[\s,]*(?:and|or|&|plus|as well as|,|nor)[\s,]*(?:also |both |our |the |a |an |in |size |color )*')
+_bracket = re.compile(r'\([^)]*\)')
+_for_it = re.compile(r'\s?(?:each |apiece )?for (?:the |a |an |our |one |each |your )?(?:[\w-]+ ){0,4}')
+_right_before, _apart = re.compile(r'[\w\s%-]{0,40}'), re.compile(r'\b(?:and|or|is|are|while|with|for|at|the|than|a)\b')
 
 def _pieces(text):
     "Starts and ends of sentences, of lines and of what a but or while separates."
+    low = _lower(text)
     for s, e in _parts(text):
         at = s
-        for m in _pause.finditer(text, s, e): 
+        for m in _pause.finditer(low, s, e):
             yield at, m.start()
             at = m.end()
         yield at, e
@@ -1024,18 +1048,19 @@ def _pieces(text):
 def _target(text, at, end, mentions, option=False):
     "The mentions that a claim at this place is about."
     before = [m for m in mentions if m.end <= at]
-    after = [m for m in mentions if m.start >= end]
-    if after and re.fullmatch(r'\s?(?:each |apiece )?for (?:the |a |an |our |one |each |your )?(?:[\w-]+ ){0,4}', text[end:after[0].start], re.I): return [after[0]]
-    if after and option and re.fullmatch(r'[\w\s%-]{0,40}', text[end:after[0].start]) and len(text[end:after[0].start].split()) <= 3 and not re.search(r'\b(?:and|or|is|are|while|with|for|at|the|than|a)\b', text[end:after[0].start]): return [after[0]]
-    if not before: return [after[0]] if after else []
-    out = [before[-1]]
-    return out if option else out + _same_breath(text, before)
+    after = next((m for m in mentions if m.start >= end), None)
+    if after:
+        gap = text[end:after.start]
+        if _for_it.fullmatch(gap.lower()): return [after]
+        if option and _right_before.fullmatch(gap) and len(gap.split()) <= 3 and not _apart.search(gap): return [after]
+    if not before: return [after] if after else []
+    return before[-1:] if option else before[-1:] + _same_breath(text, before)
 
 def _same_breath(text, before):
     "Mentions that are joined to the last one by 'and', with no claim between."
     out = []
     for a, b in zip(before[-2::-1], before[::-1]):
-        if not _joined.fullmatch(re.sub(r'\([^)]*\)', '', text[a.end:b.start])): break
+        if not _joined.fullmatch(_bracket.sub('', text[a.end:b.start]).lower()): break
         out.append(a)
     return out
 
@@ -1043,7 +1068,7 @@ def _same_breath(text, before):
 class _Reader:
     "Goes through a text and puts claims together."
     def __init__(self, text, catalogue):
-        self.text, self.cat, self.toks = text, catalogue, _tokens(text)
+        self.text, self.low, self.cat, self.toks = text, _lower(text), catalogue, _tokens(text)
         self.mentions = catalogue._mentions(text, self.toks)
         taken = {i for m in self.mentions for i in range(m.first, m.last)}
         self.options = catalogue._options_in(text, self.toks, taken) + catalogue._switches(text, self.toks, taken)
@@ -1051,43 +1076,48 @@ class _Reader:
         said = _touching([(c.start, c.end) for c in self.stock])
         self.options = [o for o in self.options if not said(o)]
         self.options.sort(key=lambda o: o.start)
-        self.starts = {id(x): [t.start for t in x] for x in (self.mentions, self.options, self.money, self.stock)}
+        self.things = sorted([(x.start, k, x) for k, xs in enumerate((self.mentions, self.options, self.money, self.stock)) for x in xs], key=lambda t: t[:2])
+        self.starts = [t[0] for t in self.things]
         self.last, self.lasts, self.of = None, [], {}
 
-    def within(self, things, s, e):
-        starts = self.starts[id(things)]
-        return things[bisect_left(starts, s):bisect_left(starts, e)]
+    def within(self, s, e):
+        "Mentions, options, money and stock of a part of the text; None where there are none."
+        i, j, out = bisect_left(self.starts, s), bisect_left(self.starts, e), ([], [], [], [])
+        for _, kind, x in self.things[i:j]: out[kind].append(x)
+        return out if i < j else None
 
 # %% ../nbs/53_facts.ipynb #1521554b
+_not_so = re.compile(r"(?:\bnot|n['’]t|\bno|\bwithout|\bnon)[ -](?:\w+ )?$")
+
 @patch
 def _switches(self: Catalogue, text, toks, taken):
     "Options that are either there or not, such as 'waterproof': yes, or no where it is denied."
     names = [k for k in {k for p in self.products for k, vs in p.options.items() if ('yes',) in vs}] if not hasattr(self, '_switch_names') else self._switch_names
     self._switch_names, out = names, []
     if not names: return out
-    words = [t[0] for t in toks]
+    words, low = [t[0] for t in toks], _lower(text)
     for k in names:
         key = tuple(k.split())
         for i in (i for i, w in enumerate(words) if w == key[0] and tuple(words[i:i + len(key)]) == key and i not in taken):
             n = i + len(key)
             if words[n:n + 1] in (['yes'], ['no']) or words[n:n + 2] in (['is', 'yes'], ['is', 'no']) : continue
-            no = re.search(r"(?:\bnot|n['’]t|\bno|\bwithout|\bnon)[ -](?:\w+ )?$", text[max(0, toks[i][1] - 14):toks[i][1]], re.I)
+            no = _not_so.search(low[max(0, toks[i][1] - 14):toks[i][1]])
             out.append(_Option(i, n, toks[i][1], toks[n - 1][2], ('no',) if no else ('yes',), None, key, listed=True))
     return out
 
 # %% ../nbs/53_facts.ipynb #23f59aa1
-_asking = re.compile(r'\b(?:would|should|could|shall|do you|did you|are you|want|prefer|interested|like)\b', re.I)
+_asking = re.compile(r'\b(?:would|should|could|shall|do you|did you|are you|want|prefer|interested|like)\b')
 
 @patch
 def groups(self: _Reader):
     "What each sentence says about each product, in order; claims about none come with None."
     for s, e in _pieces(self.text):
-        mentions = self.within(self.mentions, s, e)
-        money, stock, options = (self.within(x, s, e) for x in (self.money, self.stock, self.options))
-        if not (mentions or money or stock or options): continue
-        if self.text[s:e].rstrip().endswith('?'): money, stock, options = [], [], options if mentions and not _asking.search(self.text[s:e]) else []
-        options = [o for o in options if not _wish.search(self.text[max(s, o.start - 120):o.start])]
-        money = [replace(c, kind='amount') if c.how in ('under', 'over', 'about') and _wish.search(self.text[max(s, c.start - 120):c.start]) else c for c in money]
+        if not (here := self.within(s, e)): continue
+        mentions, options, money, stock = here
+        if self.text[s:e].rstrip().endswith('?'): money, stock, options = [], [], options if mentions and not _asking.search(self.low[s:e]) else []
+        if _may_wish(self.low[s:e]):
+            options = [o for o in options if not _wished(self.low, o.start, s)]
+            money = [c._replace(kind='amount') if c.how in ('under', 'over', 'about') and _wished(self.low, c.start, s) else c for c in money]
         found = self._distribute(s, e, mentions, money, stock, options)
         for g in found:
             g.whole = _with_past(g)
@@ -1096,7 +1126,7 @@ def groups(self: _Reader):
         if not found and (money or stock): yield [*money, *stock]
 
 # %% ../nbs/53_facts.ipynb #3e3cd597
-_all_of = re.compile(r'\W*(?:both|all (?:of (?:them|these)|are|three)|they (?:are )?(?:both|all)|these|each)\b', re.I)
+_all_of = re.compile(r'\W*(?:both|all (?:of (?:them|these)|are|three)|they (?:are )?(?:both|all)|these|each)\b')
 
 # %% ../nbs/53_facts.ipynb #cbceb543
 @patch
@@ -1105,7 +1135,7 @@ def _distribute(self: _Reader, s, e, mentions, money, stock, options):
     if not mentions:
         if not self.last: return []
         out = []
-        for last in self.lasts if _all_of.match(self.text[s:e]) else [self.last]:
+        for last in self.lasts if _all_of.match(self.low[s:e]) else [self.last]:
             g = self._new(last.product, last.rows, s, e, last)
             g.prices, g.stocks, g.options = [c for c in money if c.kind == 'price'], list(stock), [(o, None) for o in options]
             out.append(g)
@@ -1131,7 +1161,7 @@ def _new(self: _Reader, product, rows, s, e, up):
 @patch
 def _spread(self: _Reader, claims, mentions, place, kind):
     "Give prices or stock to the products they are about."
-    if kind == 'prices' and len(claims) == len(mentions) > 1 and re.search(r'\brespectively\b', self.text[mentions[0].start:claims[-1].end + 20], re.I):
+    if kind == 'prices' and len(claims) == len(mentions) > 1 and re.search(r'\brespectively\b', self.low[mentions[0].start:claims[-1].end + 20]):
         for c, m in zip(claims, mentions): place[id(m)].prices.append(c)
         return
     for c in claims:
@@ -1166,14 +1196,14 @@ def _with_past(g):
     whole.text, whole.source = g.text, g.source
     return whole
 
-_another = re.compile(r'^\s*(?:[-*•·]|\d+[.)])\s|\b(?:ones?|versions?|variants?|models?|others?|another|options?|alternatively|also|too|either)\b', re.I)
+_another = re.compile(r'^\s*(?:[-*•·]|\d+[.)])\s|\b(?:ones?|versions?|variants?|models?|others?|another|options?|alternatively|also|too|either)\b')
 
 def _judged(g):
     "The claims of a group, judged with what it goes on from."
     mine = {(c.start, c.end) for c in g.prices + g.stocks} | {(o.start, o.end) for o, _ in g.options}
     if g.up and g.prices and any(c.value is False for c in g.up.stocks): mine |= {(o.start, o.end) for o, _ in g.up.options}   # sold out, but with a price: it has to exist
     first = [c for c in _judge(g.whole) if (c.start, c.end) in mine]
-    if g.up is None or not g.options or not _another.search(g.text) or all(c.status != 'contradicted' for c in first): return first
+    if g.up is None or not g.options or not _another.search(g.text.lower()) or all(c.status != 'contradicted' for c in first): return first
     alone = _judge(g)
     return alone if all(c.status != 'contradicted' for c in alone) else first
 
@@ -1181,23 +1211,23 @@ def _judged(g):
 def _judge_window(c, policy, text):
     "A window or a fee against the policy."
     topics = c.how.split() if c.kind == 'window' else [c.how]
-    if policy is None: return replace(c, status='unchecked', why='there is no policy')
+    if policy is None: return c._replace(status='unchecked', why='there is no policy')
     rules = {t: [r for r in policy.rules if r.topic == t] for t in topics}
-    if c.kind == 'fee' and not any(rules.values()): return replace(c, status='unchecked', why=f'the policy says nothing about {c.how}')
+    if c.kind == 'fee' and not any(rules.values()): return c._replace(status='unchecked', why=f'the policy says nothing about {c.how}')
     lacking = [t for t in topics if not rules[t]]
-    if len(lacking) == len(topics): return replace(c, status='unsupported', why=f'the policy gives no time for {" or ".join(topics)}')
+    if len(lacking) == len(topics): return c._replace(status='unsupported', why=f'the policy gives no time for {" or ".join(topics)}')
     for t in topics:
         fitting = _fitting(rules[t], text, c)
-        if fitting and not any(_agree(c.value, r.value) for r in fitting): return replace(c, status='contradicted', right=_window_right(c, fitting), why=f'{t}: the policy says {" or ".join(dict.fromkeys(_shown(r.value, c.kind == "fee") for r in fitting))}')
-    return replace(c, status='supported')
+        if fitting and not any(_agree(c.value, r.value) for r in fitting): return c._replace(status='contradicted', right=_window_right(c, fitting), why=f'{t}: the policy says {" or ".join(dict.fromkeys(_shown(r.value, c.kind == "fee") for r in fitting))}')
+    return c._replace(status='supported')
 
 # %% ../nbs/53_facts.ipynb #0393fc89
 def _fitting(rules, text, c):
     "The rules that a claim may follow: those whose restriction stands before it, else all."
+    if not any(r.words for r in rules): return rules
     parts = _parts(text)
     s, e = parts[bisect_right(parts, (c.start, len(text) + 1)) - 1]
-    low = s + _cut(text[s:e], c.start - s)[0]
-    words = set(_plains(text[low:c.start]))
+    words = set(_plains(text[s + _cut(_lower(text)[s:e], c.start - s)[0]:c.start]))
     special = [r for r in rules if r.words and r.words <= words]
     if special and rules[0].topic in ('return', 'exchange', 'warranty'):
         most = max(len(r.words) for r in special)
@@ -1212,13 +1242,14 @@ def _window_right(c, rules):
     v = rules[0].value
     if c.kind == 'fee': return _like(c.text, v) if '.' in c.text else re.sub(_num, f'{v:g}', c.text)
     if v[1] == 0 or v[1] < 1: return _shown(v)
-    m = _dur.fullmatch(c.text)
-    unit = (m['unit'] or 'day').lower() if m else 'day'
+    m = _dur.fullmatch(c.text.lower())
+    if m and m['fort']: return ''   # a fortnight: the article does not go with days
+    unit = m['unit'] or 'day' if m else 'day'
     if unit == 'hour' or v[1] % _days[unit] or v[0] % _days[unit]: unit = 'day'
     low, high = round(v[0] / _days[unit]), round(v[1] / _days[unit])
-    biz = f'{m["biz"]} ' if m and m['biz'] and m['biz'].lower() in ('business', 'working') else ''
-    if m and '-' in m['gap'] and low == high: return f'{high}-{biz}{unit}'
-    return (f'{low} to {high}' if low != high else f'{high}') + f' {biz}{unit}' + ('s' if high != 1 else '')
+    biz = f'{c.text[slice(*m.span("biz"))]} ' if m and m['biz'] in ('business', 'working') else ''
+    if m and '-' in (m['gap'] or '') and low == high: return f'{high}-{biz}{unit}'
+    return 'in ' * bool(m and m['now']) + (f'{low} to {high}' if low != high else f'{high}') + f' {biz}{unit}' + ('s' if high != 1 else '')
 
 # %% ../nbs/53_facts.ipynb #b01346ab
 _indexed = {}
@@ -1259,9 +1290,10 @@ def extract_claims(
 def _touching(spans):
     "A function that says whether a claim touches one of these stretches."
     spans = sorted(spans)
+    ends = [e for _, e in spans]
     def touches(c):
-        i = bisect_left(spans, (c.end,))
-        return any(s < c.end and c.start < e for s, e in spans[max(0, i - 3):i])
+        i = bisect_left(spans, (c.end,))   # of those that begin before the claim ends
+        return c.start < max(ends[max(0, i - 3):i], default=0)
     return touches
 
 def _tidy(claims, rules):
@@ -1325,7 +1357,7 @@ def check_facts(
     out = _sums(_best(out))
     seen = {(c.start, c.end) for c in out}
     loose = [c for c in loose + r.money if (c.start, c.end) not in seen and not seen.add((c.start, c.end))]
-    out += [replace(c, status='unchecked', why='no product is named' if c.kind in ('price', 'stock') else 'a sum, a discount or the like') for c in loose]
+    out += [c._replace(status='unchecked', why='no product is named' if c.kind in ('price', 'stock') else 'a sum, a discount or the like') for c in loose]
     known = _touching([(c.start, c.end) for c in out if c.kind == 'option' and c.status == 'supported'])   # battery life 10 hours
     rules = [_judge_window(c, pol, text) for c in _window_claims(text) + _fee_claims(text) if not known(c)]
     return Facts(text, tuple(_tidy(out, rules)))
@@ -1335,7 +1367,7 @@ def _sums(claims):
     "What looks like a wrong price, but is a multiple or the sum of prices that are right, is a sum."
     right = [c.value for c in claims if c.kind == 'price' and c.status == 'supported' and c.how == '']
     def sum_of(v): return any(abs(v - k * p) < .005 for p in right for k in range(2, 13)) or len(right) > 1 and abs(v - sum(right)) < .005
-    return [replace(c, kind='amount', status='unchecked', right='', why='a sum of prices') if c.kind == 'price' and c.status == 'contradicted' and c.how == '' and sum_of(c.value) else c for c in claims]
+    return [c._replace(kind='amount', status='unchecked', right='', why='a sum of prices') if c.kind == 'price' and c.status == 'contradicted' and c.how == '' and sum_of(c.value) else c for c in claims]
 
 def _best(claims):
     "One verdict a claim: where it is about several products, the worst."

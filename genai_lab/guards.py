@@ -10,7 +10,7 @@ __all__ = ['actions', 'toxic_terms', 'off_brand_terms', 'claim_terms', 'sorry', 
 
 # %% ../nbs/50_guards.ipynb #3328efdd
 import os, re, sys, time, unicodedata
-from collections import Counter
+from collections import Counter, defaultdict
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from itertools import product
@@ -62,6 +62,8 @@ class Verdict:
     @property
     def ok(self): return self.action in ('pass', 'fix')
 
+_fine = Verdict()   # of a guard that has nothing to say
+
 # %% ../nbs/50_guards.ipynb #18cd5b2f
 _cyrillic = dict(zip('авекмнорстухѕіјԁһӏԛԝгё' 'αβγεικνορτυχω', 'abekmhopctyxsijdhlqwre' 'abyeikvoptuxw'))
 _latin = re.compile(r'(?:.* )?(?:LATIN|SQUARED|CIRCLED|INDICATOR).* (?:LETTER|SYMBOL LETTER|CAPITAL|SMALL CAPITAL) ([A-Z])(?: WITH .*)?$')
@@ -90,9 +92,9 @@ class _Folds(dict):
 _folds = _Folds()
 
 # %% ../nbs/50_guards.ipynb #edc7afb8
-_leet = re.compile(r'[a-z][@$!|+*#0-9]|[@$0-9][a-z]')
+_leet = re.compile(r'[@$!|+*#0-9](?:(?<=[a-z].)|(?<=[@$0-9])(?=[a-z]))')   # a sign behind a letter, or before one
 _token = re.compile(r'(?<![\w@$!|+*#])[\w@$!|+*#]{1,29}[\w@$*]')
-_drawn = re.compile(r'([a-z])\1{2,}')
+_drawn, _thrice = re.compile(r'([a-z])\1{2,}'), [3 * c for c in 'abcdefghijklmnopqrstuvwxyz']
 _signs = [str.maketrans('@4310!|$57+*#', f'aae{i}o{i}{i}sstt??') for i in 'il']
 
 def _readings(token):
@@ -108,6 +110,9 @@ def _undrawn(word):
 # %% ../nbs/50_guards.ipynb #6ded8ef5
 _word = re.compile(r"[^\W_]+(?:'[^\W_]+)*")
 _apart = re.compile(r'(?<![^\W_])[^\W_](?:[ ._*\-/]{1,2}[^\W_]){2,}(?![^\W_])')
+_may_stand_apart = re.compile(r'[ ._*\-/][^\W_][ ._*\-/]{1,2}[^\W_](?![^\W_])')   # the second and third of such letters; quick to look for
+
+_binary = re.compile('[\x00-\x08\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]')
 
 class Text(str):
     "A text and the forms of it that guards look at."
@@ -118,6 +123,9 @@ class Text(str):
     def words(self): return [w[:-2] if w.endswith("'s") else w for w in _word.findall(self.folded)]
 
     @cached_property
+    def vocabulary(self): return frozenset(self.words)
+
+    @cached_property
     def stretches(self): return [m.span() for m in _word.finditer(self.folded)]   # of the words, in the folded text
 
     @cached_property
@@ -126,10 +134,14 @@ class Text(str):
 
     @cached_property
     def disguised(self): # of (start, end, readings) in the folded text
-        found = [(*m.span(), {re.sub(r'[\W_]', '', m[0][:200])}) for m in _apart.finditer(self.folded)]
+        found = []
+        if _may_stand_apart.search(self.folded): found += [(*m.span(), {re.sub(r'[\W_]', '', m[0][:200])}) for m in _apart.finditer(self.folded)]
         if _leet.search(self.folded): found += [(*m.span(), _readings(m[0])) for m in _token.finditer(self.folded) if _leet.search(m[0])]
-        if _drawn.search(self.folded): found += [(*s, _undrawn(w)) for w, s in zip(self.words, self.stretches) if len(w) < 40 and _drawn.search(w)]
+        if any(t in self.folded for t in _thrice): found += [(*s, _undrawn(w)) for w, s in zip(self.words, self.stretches) if len(w) < 40 and _drawn.search(w)]
         return [f for f in found if f[2]]
+
+    @cached_property
+    def binary(self): return _binary.search(self)   # match of the first character that no text has
 
     def span(self, start, end): # the part of the text that a part of the folded text came from
         return (start, end) if self.places is None else (self.places[start], self.places[end - 1] + 1)
@@ -166,12 +178,10 @@ def _hashed(x):
     except TypeError: return getattr(x, '__qualname__', type(x).__qualname__)
 
 # %% ../nbs/50_guards.ipynb #e2bcf78f
-_binary = re.compile('[\x00-\x08\x0e-\x1f\x7f\ufffe\uffff\ud800-\udfff]')
-
 def _unreadable(text):
     "A block for what is no readable text, else None."
     if not isinstance(text, str): return Verdict('block', f'no text but {type(text).__name__}; decode it before it is checked', score=1.)
-    if m := _binary.search(text):
+    if m := text.binary:
         return Verdict('block', f'binary text: character U+{ord(m[0]):04X} at position {m.start():,}', (Span(m.start(), m.end(), 'binary'),), 1.)
 
 def _failed(guard, e):
@@ -189,11 +199,12 @@ def check(self: Guard,
     "What this guard says about a text; never raises."
     start = time.perf_counter()
     try:
-        v = _unreadable(text) or self.look(text if isinstance(text, Text) else Text(text), context or {}) or Verdict()
+        seen = Text(text) if isinstance(text, str) and not isinstance(text, Text) else text
+        v = _unreadable(seen) or self.look(seen, context or {}) or _fine
         if not isinstance(v, Verdict): raise TypeError(f'look returned {type(v).__name__}, not a Verdict')
-        if v.text is None: v = replace(v, text=edited(text, v.spans) if v.action == 'fix' else text)
-    except Exception as e: v = replace(_failed(self, e), text=text)
-    return replace(v, guard=self.name, seconds=time.perf_counter() - start)
+        after = edited(text, v.spans) if v.text is None and v.action == 'fix' else text if v.text is None else v.text
+    except Exception as e: v, after = _failed(self, e), text
+    return Verdict(v.action, v.reason, v.spans, v.score, after, self.name, time.perf_counter() - start)
 
 # %% ../nbs/50_guards.ipynb #ed097f4d
 @dataclass(frozen=True, repr=False)
@@ -282,12 +293,30 @@ def _steps(words, term):
     return tuple(steps)
 
 # %% ../nbs/50_guards.ipynb #6e74335c
+class _Memo(dict):
+    "Values of a function, kept while there are not too many: most texts are made of the same words."
+    def __init__(self, f, most=20_000): self.f, self.most = f, most
+
+    def __missing__(self, x):
+        if len(self) >= self.most: self.clear()
+        v = self[x] = self.f(x)
+        return v
+
+class _Entry(NamedTuple):
+    "One way to write a term."
+    first: _Step
+    rest: tuple        # of _Step
+    needs: frozenset   # words of the rest that the text must have somewhere
+    group: str
+    term: str
+    capital: bool      # whether the text has to have a capital letter there
+
 class TermIndex:
     "Terms by their first word."
     def __init__(self, groups # dict of group to list of terms
                 ):
         self.groups = {str(g): tuple(terms) for g, terms in groups.items()}
-        self.exact, self.begins, self.length = {}, {}, 1
+        self.exact, self.begins, self.candidates, self.length = {}, {}, _Memo(self._candidates), 1
         for group, terms in self.groups.items():
             for term in terms: self._add(group, term)
 
@@ -297,14 +326,14 @@ class TermIndex:
         for words in _alternatives(term):
             first, *rest = _steps(words, term)
             table, key = (self.begins, first.word[:3]) if first.begins else (self.exact, first.word)
-            table.setdefault(key, []).append((first, tuple(rest), group, term, capital))
+            table.setdefault(key, []).append(_Entry(first, tuple(rest), frozenset(s.word for s in rest if not s.begins), group, term, capital))
             self.length = max(self.length, 1 + sum(1 + s.gap for s in rest))
 
     @property
     def fingerprint(self): return fingerprint(self.groups)
 
-    def candidates(self, word): # entries whose first word this one is
-        return self.exact.get(word, []) + [e for e in self.begins.get(word[:3], ()) if word.startswith(e[0].word)]
+    def _candidates(self, word): # entries whose first word this one is
+        return [*self.exact.get(word, ()), *(e for e in self.begins.get(word[:3], ()) if word.startswith(e.first.word))]
 
 def _ends(words, i, steps): # index of the last word of a term whose other words are looked for from word i on, or None
     if not steps: return i - 1
@@ -336,29 +365,28 @@ def find(self: TermIndex, text # str or Text
 
 @patch
 def _plain_hits(self: TermIndex, text):
-    "Terms that stand in the text as words."
-    words = text.words
-    known = {w for w in set(words) if w in self.exact or w[:3] in self.begins}
-    for i, w in enumerate(words) if known else ():
-        for first, rest, group, term, capital in self.candidates(w) if w in known else ():
-            last = _ends(words, i + 1, rest)
+    "Terms that stand in the text as words; most are out because the text lacks one of their other words."
+    for w in text.vocabulary:
+        if not self.candidates[w] or not (entries := [e for e in self.candidates[w] if e.needs <= text.vocabulary]): continue
+        for i, e in ((i, e) for i, x in enumerate(text.words) if x == w for e in entries):
+            last = _ends(text.words, i + 1, e.rest)
             if last is None: continue
             a, b = text.stretches[i][0], text.stretches[last][1]
-            if not rest or not _break.search(text.folded, a, b): yield (*text.span(a, b), group, term, capital)
+            if not e.rest or not _break.search(text.folded, a, b): yield (*text.span(a, b), e.group, e.term, e.capital)
 
 @patch
 def _disguised_hits(self: TermIndex, text):
     "Terms of one word that stand in the text in disguise."
     for a, b, forms in text.disguised:
-        for first, rest, group, term, capital in (e for f in forms for e in (self._masked(f) if '?' in f else self.candidates(f)) if not e[1]): yield (*text.span(a, b), group, term, capital)
+        for e in (e for f in forms for e in (self._masked(f) if '?' in f else self.candidates[f]) if not e.rest): yield (*text.span(a, b), e.group, e.term, e.capital)
 
 @patch
 def _masked(self: TermIndex, form):
     "Entries that a word with hidden letters may stand for; at least half of its letters must show."
     if form.count('?') * 2 > len(form) or form[0] == '?': return []
     shape = re.compile(re.escape(form).replace(r'\?', '[a-z]').replace('?', '[a-z]'))
-    entries = [e for table in (self.exact, self.begins) for es in table.values() for e in es if e[0].word[0] == form[0]]
-    return [e for e in entries if shape.fullmatch(e[0].word) or e[0].begins and len(e[0].word) < len(form) and re.compile(shape.pattern).match(e[0].word + form[len(e[0].word):])]
+    entries = [e for table in (self.exact, self.begins) for es in table.values() for e in es if e.first.word[0] == form[0]]
+    return [e for e in entries if shape.fullmatch(e.first.word) or e.first.begins and len(e.first.word) < len(form) and re.compile(shape.pattern).match(e.first.word + form[len(e.first.word):])]
 
 # %% ../nbs/50_guards.ipynb #a54e1be3
 _negations = {'not', 'no', 'never', 'cannot', 'without', 'nor', 'neither', 'nobody', 'nothing', 'none'}
@@ -531,7 +559,8 @@ class Language(Guard):
         if other >= self.sure: return Verdict(self.action, f'looks like "{ranked[0][0]}", not {" or ".join(wanted)}', score=other)
 
 # %% ../nbs/50_guards.ipynb #4850c493
-_vowels, _silent, _ends_of = re.compile('[aeiouy]+'), re.compile(r'[^\Waeiouy_]e\b'), re.compile(r'[.!?]+(?=\s|$)|\n+')
+_vowels = defaultdict(lambda: ' ', {ord(c): c for c in 'aeiouy'})   # for translate: what is no vowel becomes a space
+_silent, _ends_of = re.compile(r'[^\Waeiouy_]e\b'), re.compile(r'[.!?]+(?=\s|$)|\n+')
 
 def reading_grade(
     text, # str
@@ -541,7 +570,7 @@ def reading_grade(
     n = len(text.words)
     if not n: return float('nan')
     sentences = max(1, len(_ends_of.findall(text.folded.strip() + '\n')))
-    syllables = max(n, len(_vowels.findall(text.folded)) - len(_silent.findall(text.folded)))
+    syllables = max(n, len(text.folded.translate(_vowels).split()) - len(_silent.findall(text.folded)))
     return .39 * n / sentences + 11.8 * syllables / n - 15.59
 
 class ReadingLevel(Guard):
@@ -568,8 +597,7 @@ def repetition(
 ): # 0 to 1
     "The share of four-word sequences that are repetitions."
     w = (text if isinstance(text, Text) else Text(text)).words
-    grams = list(zip(w, w[1:], w[2:], w[3:]))
-    return 1 - len(set(grams)) / len(grams) if grams else 0.
+    return 1 - len(set(zip(w, w[1:], w[2:], w[3:]))) / (len(w) - 3) if len(w) > 3 else 0.
 
 class Repetition(Guard):
     "A text that goes round in circles."
@@ -610,11 +638,11 @@ class Length(Guard):
 # %% ../nbs/50_guards.ipynb #1ac541c3
 _real = 'false alarms on 4,940 questions that people asked (3,080 banking, 541 IFEval, 1,319 maths): '
 _here = 'answers written for the page of this module after its lists'
-Toxic.card = Card('toxic', f'60 {_here}', 17, 20, 2, 40, .27, ('insults without an insulting word', 'words that are not in the list', 'other languages than English'), _real + '5, of which 1 banking')
-Claims.card = Card('claims', f'60 {_here}', 18, 20, 1, 40, .07, ('claims in words of their own', 'a denial that stands far from the claim counts as a claim', 'other languages than English'), _real + '2, none of them banking')
-OffBrand.card = Card('offbrand', f'50 {_here}', 8, 10, 0, 40, .05, ('a tone without a telling word', 'other languages than English'), _real + '9, of which 8 banking')
-Competitors.card = Card('competitors', f'50 {_here}, with 5 names', 8, 10, 0, 40, .03, ('spellings that are not listed', 'shops that are described and not named', 'a name at the beginning of a sentence that is an ordinary word, such as Target, is an alarm'), _real + '4, each of which does name one')
-Language.card = Card('language', '20 sentences in 20 languages and 40 answers written for the page of this module; the rule was changed after it had missed one of them', 20, 20, 0, 40, .02, ('texts of fewer than 40 letters', 'a part in another language in the middle of a long text'), _real + 'none')
+Toxic.card = Card('toxic', f'60 {_here}', 17, 20, 2, 40, .14, ('insults without an insulting word', 'words that are not in the list', 'other languages than English'), _real + '5, of which 1 banking')
+Claims.card = Card('claims', f'60 {_here}', 18, 20, 1, 40, .02, ('claims in words of their own', 'a denial that stands far from the claim counts as a claim', 'other languages than English'), _real + '2, none of them banking')
+OffBrand.card = Card('offbrand', f'50 {_here}', 8, 10, 0, 40, .01, ('a tone without a telling word', 'other languages than English'), _real + '9, of which 8 banking')
+Competitors.card = Card('competitors', f'50 {_here}, with 5 names', 8, 10, 0, 40, .01, ('spellings that are not listed', 'shops that are described and not named', 'a name at the beginning of a sentence that is an ordinary word, such as Target, is an alarm'), _real + '4, each of which does name one')
+Language.card = Card('language', '20 sentences in 20 languages and 40 answers written for the page of this module; the rule was changed after it had missed one of them', 20, 20, 0, 40, .01, ('texts of fewer than 40 letters', 'a part in another language in the middle of a long text'), _real + 'none')
 
 # %% ../nbs/50_guards.ipynb #18fc3fa6
 def text_guards(
@@ -708,6 +736,7 @@ def _run(guard, text, context):
     except Exception as e: v = _failed(guard, e)
     if isinstance(v, Outcome): v = Verdict(v.action, v.reason, v.spans if sum(x.action == 'fix' for x in v.verdicts) < 2 else (), v.score, v.draft, guard.name, v.seconds)
     if not isinstance(v, Verdict): v = _failed(guard, TypeError(f'check returned {type(v).__name__}, not a Verdict'))
+    if v.text is not None and v.guard and v.seconds: return v
     return replace(v, text=text if v.text is None else v.text, guard=v.guard or guard.name, seconds=v.seconds or time.perf_counter() - start)
 
 def _worst(verdicts): return max((v.action for v in verdicts), key=actions.index, default='pass')

@@ -91,6 +91,21 @@ def test_windows_in_many_words(text, days):
     assert [c.value for c in extract_claims(text) if c.kind == 'window'] == [(days, days)]
 
 
+@pytest.mark.parametrize('text, right', [('You have a fortnight to exchange it.', ''), ('Refunds are issued immediately.', 'in 5 to 7 days')])
+def test_a_wrong_window_without_a_number_is_told_like_any_other(rules, text, right):
+    assert [c.right for c in check_facts(text, None, rules).contradicted] == [right]
+
+
+def test_a_denial_ends_with_its_line():
+    assert [c.value for c in extract_claims('Mug: not available\nAvailable: yes') if c.kind == 'stock'] == [False, True]
+    assert [c.value for c in extract_claims('never\navailable.') if c.kind == 'stock'] == [True]
+
+
+def test_case_and_letters_that_grow_in_lower_case_do_not_move_claims(store):
+    for text in ('İ THE TRAIL SHOES IN SIZE 9 COST USD 9.99 AND ARE SOLD OUT.', 'İ İ The Rain Jacket in XL COSTS $9.99, AND IS Sold Out.'):
+        assert all(text[c.start:c.end] == c.text for c in check_facts(text, store))
+
+
 @pytest.mark.parametrize('text', ['I bought it 30 days ago.', 'We are open 7 days a week.', 'The battery lasts 20 hours.', 'Rated 4.5 of 5 by 1,204 people.', 'Order #12345 has 3 items.', 'Call 555-0199 by May 5, 2024.'])
 def test_numbers_that_claim_nothing(text):
     assert not [c for c in extract_claims(text) if c.kind in ('price', 'window', 'stock')]
