@@ -17,10 +17,9 @@ import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/65_adapters.ipynb #224eafdc
-from .core import (LabError, atomic_write, closest, disk_errors, file_hash, fingerprint, git_state, note_input, plural, provenance, redact, settings,
-                            sha256_file, show_frame, versions)
+from .core import LabError, closest, disk_errors, file_hash, note_input, plural, provenance, redact, settings, sha256_file
 from .data import row_keys
-from .models import BASE_NOTE, TransformersModel, _adapter_files, _read_json, check_folder, content_hash, find_entry, load_model, safetensors_end
+from .models import BASE_NOTE, TransformersModel, _adapter_files, _read_json, check_folder, content_hash, find_entry, load_model
 from .promotion import _Pair, _places_in
 from .prompts import Prompt, template_variables
 from .registry import AliasMoved, _check_alias, _client, _code, _heads, _locked, _missing, _name_rule, _noted, _own_tags, _utc

@@ -184,7 +184,7 @@ class Scale:
 # %% ../nbs/54_grounding.ipynb #e236ec5e
 def _texts(x, where):
     "Sources as a tuple of texts."
-    x = [] if x is None else [x] if isinstance(x, str) else list(x) if hasattr(x, '__iter__') else x
+    x = [] if x is None else [x] if isinstance(x, str) else list(x) if hasattr(x, '__iter__') and not isinstance(x, (dict, bytes)) else x
     if not isinstance(x, list) or not all(isinstance(t, str) for t in x): raise LabError(f'{where}: sources are a text or a list of texts, this is {type(x).__name__ if not isinstance(x, list) else "a list with " + next(type(t).__name__ for t in x if not isinstance(t, str))}')
     return tuple(t for t in x if t.strip())
 

@@ -8,7 +8,7 @@ __all__ = ['again', 'GuardedModel', 'guard', 'GuardedGeneration', 'GuardReport',
 # %% ../nbs/58_guarding.ipynb #e988b499
 import html
 from collections import OrderedDict
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 # %% ../nbs/58_guarding.ipynb #027b986f
 import numpy as np
@@ -19,6 +19,7 @@ from fastcore.basics import patch
 from .core import LabError, closest, fingerprint, plural, redact, show_frame
 from .generation import Generation
 from .guards import Outcome, Pipeline, sorry
+from .models import load_model
 from .personal_data import redact_personal_data
 from .scoring import failed
 from .stats import Estimate, interval_bar, mean, proportion
@@ -45,7 +46,7 @@ class GuardedModel:
 
 # %% ../nbs/58_guarding.ipynb #16420d08
 def guard(
-    model,        # what load_model returns, or anything with the same methods
+    model,        # what load_model returns, its name, or anything with the same methods
     pipeline,     # Pipeline, or a list of guards: what its answers have to pass
     inputs=None,  # Pipeline, or a list of guards: what questions have to pass before the model sees them; None: all do
     context={},   # dict for the guards, such as catalogue and policy; or a function of the question that returns one
@@ -53,6 +54,8 @@ def guard(
     again=again,  # what is said to it then; {reason} is the guards' reason
 ): # GuardedModel
     "A model and its guards as one model."
+    if isinstance(model, str): model = load_model(model)
+    if not callable(getattr(model, 'generate', None)): raise LabError(f'guard: a model is needed, or its name, not a {type(model).__name__}')
     if isinstance(model, GuardedModel): raise LabError(f'model "{model.name}" is guarded already; put all guards into one pipeline')
     if not isinstance(tries, int) or tries < 0: raise LabError(f'guard: tries is a whole number of 0 or more, not {tries!r}')
     if not callable(context) and not isinstance(context, dict): raise LabError(f'guard: the context is a dict or a function of the question, not {type(context).__name__}')

@@ -9,7 +9,7 @@ __all__ = ['methods', 'judge_prompt', 'Grading', 'Judge', 'read_verdict', 'Rule'
 
 # %% ../nbs/56_judges.ipynb #bac4e422
 import html, json, math, re
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 from pathlib import Path
 
@@ -20,9 +20,8 @@ from fastcore.basics import patch
 # %% ../nbs/56_judges.ipynb #86728820
 from . import core, stats
 from .core import LabError, atomic_write, closest, plural, show_frame
-from .evaluation import Counts, Evaluation, Scoreboard, _log_normal, _options, evaluate, summarise
+from .evaluation import Counts, Scoreboard, _log_normal, _options, evaluate, summarise
 from .metrics import Totals
-from .models import load_model
 from .prompts import Prompt
 from .stats import Estimate
 from .tasks import Task, _source
@@ -74,6 +73,7 @@ class Judge(Grading):
     def __post_init__(self):
         self._check()
         if self.how not in ('auto', 'score', 'write'): raise LabError(f'{self.where}: how "{self.how}" is not known.{closest(self.how, ["auto", "score", "write"])} Accepted: auto, score, write')
+        if unread := {*(('first', 'second') if self.pairs else ('answer',))} - set(self.prompt.variables): raise LabError(f'{self.where}: its prompt does not read `{sorted(unread)[0]}`, so it would judge what it has not seen')
         if self.reasoning and not {'thinking', 'notes'} <= set(self.prompt.variables): raise LabError(f'{self.where}: to reason, its prompt has to use `thinking` and `notes`, as those of judge_prompt do')
 
     def __repr__(self): return f'Judge({self.name!r}, {getattr(self.model, "name", "?")}, {self.fingerprint})'
@@ -123,11 +123,13 @@ def _grade(self: Judge, rows, reverse=False, seed=20, temperature=0., progress=T
     options = self.options[::-1] if reverse else self.options
     opts = dict(seed=seed, temperature=temperature, progress=progress)
     rows = rows.assign(notes='', error=rows.error if 'error' in rows else '')
-    if self.reasoning:
-        first = self._ask(rows, options, True, opts)
-        rows = rows.assign(notes=first.prediction.fillna('').to_numpy(), error=rows.error.where(rows.error != '', first.error.to_numpy()))
-    out = pd.DataFrame([_verdict(r, options) for r in self._ask(rows, options, False, opts).to_dict('records')], index=rows.index)
-    return out.assign(error=rows.error.where(rows.error != '', out.error), **({'notes': rows.notes} if self.reasoning else {}))
+    if self.reasoning and (ok := rows.error == '').any():
+        first = self._ask(rows[ok], options, True, opts)
+        rows.loc[ok, 'notes'], rows.loc[ok, 'error'] = first.prediction.fillna('').to_numpy(), first.error.to_numpy()
+    ok = rows.error == ''     # the others cost no call
+    said = [_verdict(r, options) for r in self._ask(rows[ok], options, False, opts).to_dict('records')] if ok.any() else []
+    out = pd.DataFrame(said, index=rows.index[ok], columns=['p', 'said', 'error']).reindex(rows.index)
+    return out.assign(error=out.error.where(ok, rows.error), **({'notes': rows.notes} if self.reasoning else {}))
 
 def _verdict(r, options):
     "Probability of each option from a record of the evaluation."
@@ -214,9 +216,18 @@ def _repr_html_(self: Grades): return f'<p>{html.escape(repr(self))}</p>{show_fr
 
 # %% ../nbs/56_judges.ipynb #2a0af191
 def _no_text(frame, columns):
-    "Why a row cannot be judged: one of its texts is empty."
-    blank = {c: frame[c].isna() | (frame[c].astype(str).str.strip() == '') for c in columns}
-    return np.select(list(blank.values()), [f'the {c.replace("_", " ")} is empty' for c in columns], '')
+    "Why a row cannot be judged: one of its texts is empty, or no text."
+    def why(v, c):
+        if isinstance(v, (bytes, bytearray, dict, list, tuple, set, np.ndarray)): return f'the {c} is no text but {type(v).__name__}'
+        return f'the {c} is empty' if pd.isna(v) or not str(v).strip() else ''
+    return [next(filter(None, (why(v, c.replace('_', ' ')) for v, c in zip(row, columns))), '') for row in zip(*(frame[c] for c in columns))]
+
+def _needs_frame(x, where, *columns):
+    "Refuse what is no DataFrame, and one without these columns, or with two of the same name."
+    if not isinstance(x, pd.DataFrame): raise LabError(f'{where}: a DataFrame is needed, not a {type(x).__name__}')
+    for c in columns:
+        if c not in x: raise LabError(f'{where} needs a column "{c}".{closest(c, x.columns)} There are: {", ".join(map(str, x.columns))}')
+        if (x.columns == c).sum() > 1: raise LabError(f'{where}: there is more than one column "{c}"; rename one')
 
 def _both_orders(judge, rows, opts):
     "Score of `a` against `b`, from both orders."
@@ -240,13 +251,11 @@ def grade(self: Grading,
 ): # Grades
     "Let the judge grade every row."
     texts = ['answer_a', 'answer_b'] if self.pairs else ['answer']
-    for c in texts:
-        if c not in frame: raise LabError(f'{self.where} needs a column "{c}".{closest(c, frame.columns)} There are: {", ".join(map(str, frame.columns))}')
+    _needs_frame(frame, self.where, *texts)
     if not len(frame): raise LabError(f'{self.where}: there is nothing to judge')
     opts = dict(reverse=reverse, seed=seed, temperature=temperature, progress=progress)
     ids = frame['id'].tolist() if 'id' in frame else list(range(len(frame)))
-    rows, skip = frame.reset_index(drop=True), _no_text(frame, texts)
-    rows = rows.assign(error=skip)
+    rows = frame.reset_index(drop=True).assign(error=_no_text(frame, texts))
     out = _both_orders(self, rows, opts) if self.pairs else self._points(rows, opts)
     out.insert(0, 'id', ids)
     values = dict(a=1., tie=.5, b=0.) if self.pairs else dict(zip(self.options, self.values.tolist()))
@@ -423,22 +432,22 @@ def position_bias(
 
 # %% ../nbs/56_judges.ipynb #6a3f968e
 def _exact(share, n, level):
-    "A share of n with its Clopper-Pearson ends; both may be fractional, and without labels everything is possible."
+    "A share of n, Clopper-Pearson's ends, and whether nothing is known because n is 0; shares and n may be fractional, and arrays."
     from scipy.special import betaincinv
-    if n <= 0: return .5, 0., 1., True
-    k, tail = min(max(share, 0.), 1.) * n, (1 - level) / 2
-    low = float(betaincinv(k, n - k + 1, tail)) if k > 1e-9 else 0.
-    high = float(betaincinv(k + 1, n - k, 1 - tail)) if k < n - 1e-9 else 1.
-    return k / n, low, high, False
+    share, n = np.clip(share, 0., 1.), np.asarray(n, float)
+    k, tail, none = share * n, (1 - level) / 2, n <= 0
+    low = np.where(k > 1e-9, betaincinv(np.maximum(k, 1e-9), np.maximum(n - k, 0) + 1, tail), 0.)
+    high = np.where(k < n - 1e-9, betaincinv(k + 1, np.maximum(n - k, 1e-9), 1 - tail), 1.)
+    return tuple(x[()] for x in (np.where(none, .5, share), np.where(none, 0., low), np.where(none, 1., high), none))
 
 # %% ../nbs/56_judges.ipynb #0b12ed05
 def _combined(parts, noise=0.):
     "Value and ends of a sum of weight times share; `noise` is a further squared half-width."
     value, down, up, slack = 0., noise, noise, 0.
     for w, (p, low, high, unknown) in parts:
-        value = value + w * p
-        if unknown: slack = slack + np.abs(w) / 2; continue
-        a, b = np.abs(w) * (p - low), np.abs(w) * (high - p)
+        size = np.abs(w)
+        value, slack = value + w * p, slack + np.where(unknown, size / 2, 0.)
+        a, b = (np.where(unknown, 0., size * x) for x in (p - low, high - p))
         down, up = down + np.where(w >= 0, a, b)**2, up + np.where(w >= 0, b, a)**2
     return value, value - slack - np.sqrt(down), value + slack + np.sqrt(up)
 
@@ -446,21 +455,23 @@ def _combined(parts, noise=0.):
 @dataclass
 class _Labelled:
     "The material of a correction: labelled answers and traffic."
-    y: np.ndarray       # (n,) human values, 0 to 1
-    f: np.ndarray       # (n,) the judge's score, nan where it failed
-    good: np.ndarray    # (n,) 1 where the judge accepts, 0 where it rejects, nan where it failed
-    w: np.ndarray       # (n,) weights with mean 1
-    F: np.ndarray       # (N,) scores on the traffic
-    Good: np.ndarray    # (N,) verdicts on the traffic
+    y: np.ndarray       # (…, n) human values, 0 to 1
+    f: np.ndarray       # (…, n) the judge's score, nan where it failed
+    good: np.ndarray    # (…, n) 1 where the judge accepts, 0 where it rejects, nan where it failed
+    w: np.ndarray       # (…, n) weights with mean 1
+    c: np.ndarray       # (…, n) how many labelled answers are like this one
+    F: np.ndarray       # (…, N) scores on the traffic
+    Good: np.ndarray    # (…, N) verdicts on the traffic
+    C: np.ndarray       # (…, N) how many answers of the traffic are like this one
     level: float = .95
     times: float = 1.   # as if there were so many times more labels
 
-    def size(self, mask): # effective number of labels
-        w = self.w[mask]
-        return float(w.sum()**2 / (w @ w)) if len(w) else 0.
-    def share(self, values, mask): # of a group, with its exact ends
-        n = self.size(mask)
-        return _exact(float(self.w[mask] @ values[mask] / self.w[mask].sum()) if n else 0., n * self.times, self.level)
+    def share(self, values, mask): # of a group, with its exact ends; what counts is the effective number of labels
+        w, w2 = ((self.c * mask * self.w**k).sum(-1) for k in (1, 2))
+        mean = (self.c * mask * self.w * values).sum(-1) / np.maximum(w, 1e-300)
+        return _exact(mean, self.times * w**2 / np.maximum(w2, 1e-300), self.level)
+    def part(self, mask): # of the traffic
+        return (self.C * mask).sum(-1) / self.C.sum(-1)
     @property
     def z(self):
         from scipy.stats import norm
@@ -470,15 +481,14 @@ class _Labelled:
 def _double(m):
     "Shares of good ones by verdict, weighted by how often each verdict occurs."
     codes, traffic = (np.where(np.isnan(x), -1, x) for x in (m.good, m.Good))
-    parts = [(float((traffic == c).mean()), m.share(m.y, codes == c)) for c in np.unique(traffic)]
-    p = np.array([s[0] for _, s in parts])
-    q = np.array([w for w, _ in parts])
-    noise = m.z**2 * max(0., q @ p**2 - (q @ p)**2) / len(m.F)
+    parts = [(m.part(traffic == v), m.share(m.y, codes == v)) for v in np.unique(traffic)]
+    squares, mean = sum(q * s[0]**2 for q, s in parts), sum(q * s[0] for q, s in parts)
+    noise = m.z**2 * np.maximum(0., squares - mean**2) / m.C.sum(-1)
     return (*_combined(parts, noise), noise, '')
 
 def _labels(m):
     "The labels alone."
-    return (*_combined([(1., m.share(m.y, np.ones(len(m.y), bool)))]), 0., '')
+    return (*_combined([(1., m.share(m.y, True))]), 0., '')
 
 # %% ../nbs/56_judges.ipynb #ba062c66
 def ppi_mean(
@@ -489,44 +499,60 @@ def ppi_mean(
 ): # estimate, trust, standard error
     "The prediction-powered mean with its tuned trust (PPI++)."
     y, f, F = (np.asarray(x, float) for x in (y, f, F))
-    n, N, w = len(y), len(F), np.ones(len(y)) if weights is None else np.asarray(weights, float)
-    first = F.mean() + (w * (y - f)).mean()   # with full trust
-    gy, gf, gF = w * (y - first), w * (f - first), F - first
-    spread = np.var(np.r_[gf, gF], ddof=1)
-    trust = float(np.clip(((gy - gy.mean()) * (gf - gf.mean())).mean() / spread / (1 + n / N), 0, 1)) if spread > 0 else 0.
+    c, C, w = np.ones(len(y)), np.ones(len(F)), np.ones(len(y)) if weights is None else np.asarray(weights, float)
+    trust = float(_trust(y, f, F, w, c, C))
     rest = w * (y - trust * f)
-    return float(trust * F.mean() + rest.mean()), trust, math.sqrt(trust**2 * F.var() / N + rest.var() / n)
+    return float(trust * F.mean() + rest.mean()), trust, math.sqrt(trust**2 * F.var() / len(F) + rest.var() / len(y))
 
+def _mean(x, c): return ((c * x).sum(-1) / c.sum(-1))[..., None]
+
+def _trust(y, f, F, w, c, C):
+    "The factor that makes the variance least."
+    n, N = c.sum(-1), C.sum(-1)
+    first = _mean(F, C) + _mean(w * (y - f), c)   # the mean with full trust
+    gy, gf, gF = w * (y - first), w * (f - first), F - first
+    middle = ((c * gf).sum(-1) + (C * gF).sum(-1))[..., None] / (n + N)[..., None]
+    spread = ((c * (gf - middle)**2).sum(-1) + (C * (gF - middle)**2).sum(-1)) / (n + N - 1)
+    both = _mean((gy - _mean(gy, c)) * (gf - _mean(gf, c)), c)[..., 0]
+    return np.where(spread > 0, np.clip(both / np.maximum(spread, 1e-300) / (1 + n / N), 0, 1), 0.)
+
+# %% ../nbs/56_judges.ipynb #f8ab104e
 def _ppi(m):
     "The same with ends that hold for few labels and rare errors."
-    known = ~np.isnan(m.f)
-    fill = float(m.w[known] @ m.f[known] / m.w[known].sum()) if known.any() else .5   # a failure says nothing: the score in the middle
-    f, F = (np.where(np.isnan(x), fill, x) for x in (m.f, m.F))
-    _, trust, _ = ppi_mean(m.y, f, F, m.w)
-    every, rest = np.ones(len(f), bool), m.y - trust * f
-    parts = [(1., m.share(np.maximum(rest, 0), every))] + ([(-trust, m.share(np.maximum(-rest, 0) / trust, every))] if trust else [])
-    noise = m.z**2 * trust**2 * F.var() / len(F)
+    f, F = (np.where(np.isnan(x), _score_in_the_middle(m)[..., None], x) for x in (m.f, m.F))   # a failure says nothing
+    trust = _trust(m.y, f, F, m.w, m.c, m.C)
+    rest, mean = m.y - trust[..., None] * f, _mean(F, m.C)
+    parts = [(1., m.share(np.maximum(rest, 0), True)), (-trust, m.share(np.maximum(-rest, 0) / np.where(trust > 0, trust, 1.)[..., None], True))]
+    noise = m.z**2 * trust**2 * _mean((F - mean)**2, m.C)[..., 0] / m.C.sum(-1)
     value, low, high = _combined(parts, noise)
-    at = trust * F.mean()
-    return value + at, low + at, high + at, noise, f'trust {trust:.2f}'
+    at = trust * mean[..., 0]
+    return value + at, low + at, high + at, noise, '' if trust.ndim else f'trust {trust:.2f}'
+
+def _score_in_the_middle(m):
+    "The mean score of the answers that the judge could judge."
+    known = m.c * m.w * ~np.isnan(m.f)
+    return np.where(known.sum(-1) > 0, (known * np.nan_to_num(m.f)).sum(-1) / np.maximum(known.sum(-1), 1e-300), .5)
 
 # %% ../nbs/56_judges.ipynb #e090922e
 def _rogan_gladen(m):
     "All rates that explain how often the judge accepts, with its sensitivity and specificity from the labels."
-    yes, n = np.nan_to_num(m.good), len(m.F)
-    bad = m.y <= .5
-    hit, alarm = m.share(yes, ~bad), m.share(yes, bad)
-    q = _exact(float(np.nan_to_num(m.Good).mean()), n, m.level)
+    yes, bad = np.nan_to_num(m.good), m.y <= .5
+    hit, alarm, q = m.share(yes, ~bad), m.share(yes, bad), _exact(m.part(np.nan_to_num(m.Good)), m.C.sum(-1), m.level)
     rates = np.linspace(0, 1, 2001)
-    _, low, high = _combined([(1., q), (-rates, hit), (rates - 1, alarm)])
-    holds = np.flatnonzero((low <= 0) & (high >= 0))
-    gain = hit[0] - alarm[0]
-    value = min(max((q[0] - alarm[0]) / gain, 0.), 1.) if gain > 0 and not (hit[3] or alarm[3]) else math.nan
-    if not len(holds): return value, 0., 1., 0., 'the judge accepts in this traffic more or less than its errors can explain: it does not err there as it did on the labels'
-    low, high = rates[max(0, holds[0] - 1)], rates[min(2000, holds[-1] + 1)]
-    note = '' if gain > 0 else 'the judge accepts bad answers as often as good ones'
-    if math.isnan(value): return (low + high) / 2, low, high, 0., note or 'the labels have only one class'
-    return value, min(low, value), max(high, value), 0., note
+    beside = lambda share: [np.asarray(x)[..., None] for x in share]
+    _, low, high = _combined([(1., beside(q)), (-rates, beside(hit)), (rates - 1, beside(alarm))])
+    holds = (low <= 0) & (high >= 0)
+    some, first, last = holds.any(-1), np.maximum(holds.argmax(-1) - 1, 0), np.minimum(2001 - holds[..., ::-1].argmax(-1), 2000)
+    low, high = np.where(some, rates[first], 0.), np.where(some, rates[last], 1.)
+    gain, known = hit[0] - alarm[0], ~(hit[3] | alarm[3])
+    value = np.where(known & (gain > 0), np.clip((q[0] - alarm[0]) / np.where(gain > 0, gain, 1.), 0, 1), (low + high) / 2)
+    return value, np.minimum(low, value), np.maximum(high, value), 0., '' if some.ndim else _why_wide(some, known, gain)
+
+def _why_wide(some, known, gain):
+    "What a reader has to know about an interval."
+    if not some: return 'the judge accepts in this traffic more or less than its errors can explain: it does not err there as it did on the labels'
+    if not known: return 'the labels have only one class'
+    return '' if gain > 0 else 'the judge accepts bad answers as often as good ones'
 
 # %% ../nbs/56_judges.ipynb #2d426e49
 methods = {'double': _double, 'ppi': _ppi, 'rogan-gladen': _rogan_gladen, 'labels': _labels}
@@ -534,10 +560,19 @@ methods = {'double': _double, 'ppi': _ppi, 'rogan-gladen': _rogan_gladen, 'label
 def _numbers(x):
     "An array of floats, nan for what is missing."
     try: return np.asarray(x if isinstance(x, np.ndarray) else list(x), float)
-    except (TypeError, ValueError): return pd.to_numeric(pd.Series(list(x)), errors='coerce').to_numpy(float)
+    except (TypeError, ValueError): s = pd.Series(list(x))
+    n = pd.to_numeric(s, errors='coerce').to_numpy(float)
+    if (odd := s[np.isnan(n) & s.notna()]).size: raise LabError(f'corrected_rate: "{odd.iloc[0]}" is no number; give 1 for good and 0 for bad, or scores from 0 to 1')
+    return n
+
+def _share_of_one(x, what):
+    "Refuse what does not lie between 0 and 1."
+    if isinstance(x, bool) or not isinstance(x, (int, float)) or not 0 < x < 1: raise LabError(f'{what}: {x!r} is not accepted; give a number between 0 and 1, such as 0.95')
 
 def _material(human, judged, traffic, probability, accept, level):
     "Arrays for a correction, checked."
+    _share_of_one(level, 'corrected_rate, level')
+    if accept is not None and not 0 <= accept <= 1: raise LabError(f'corrected_rate: accept {accept!r} is not accepted; give a score from 0 to 1, or None')
     y, f, F = map(_numbers, (human, judged, traffic))
     if len(y) != len(f): raise LabError(f'corrected_rate: there are {plural(len(y), "human label")} and {plural(len(f), "verdict")} of the judge; give both for the same answers, in the same order')
     if not len(y): raise LabError('corrected_rate: there are no labels; a judge cannot be corrected without answers that people have labelled')
@@ -549,7 +584,7 @@ def _material(human, judged, traffic, probability, accept, level):
     if probability is not None and len(w) != len(y): raise LabError(f'corrected_rate: there are {plural(len(w), "probability", "probabilities")} for {plural(len(y), "label")}')
     accepted = lambda x: x if accept is None else np.where(np.isnan(x), np.nan, x >= accept)
     if probability is not None and _is_rest(probability, len(F)): F = np.r_[F, f]
-    return _Labelled(y, f, accepted(f), w, F, accepted(F), level)
+    return _Labelled(y, f, accepted(f), w, np.ones(len(y)), F, accepted(F), np.ones(len(F)), level)
 
 def _is_rest(probability, n):
     "Whether traffic of this size is what drawing the labels has left over."
@@ -602,16 +637,19 @@ def corrected_rate(
     level=.95,      # of the interval
 ): # Corrected
     "The share of good answers in traffic that only a judge has seen."
-    if method not in methods: raise LabError(f'corrected_rate: there is no method "{method}".{closest(method, methods)} There are: {", ".join(methods)}')
+    _check_method(method)
     m = _material(human, judged, traffic, probability, accept, level)
     return _corrected(m, method)
+
+def _check_method(method):
+    if method not in methods: raise LabError(f'corrected_rate: there is no method "{method}".{closest(str(method), methods)} There are: {", ".join(methods)}')
 
 def _corrected(m, method):
     value, low, high, noise, note = methods[method](m)
     low, high = float(np.clip(low, 0, 1)), float(np.clip(high, 0, 1))
     e = Estimate(float(np.clip(value, low, high)), low, high, len(m.y), method, m.level, note)
     half = max(1e-12, (high - low) / 2)
-    return Corrected(e, method, m, float(min(1., noise / half**2)))
+    return Corrected(e, method, m, min(1., float(noise) / half**2))
 
 # %% ../nbs/56_judges.ipynb #59b2ca68
 def coverage(
@@ -622,32 +660,36 @@ def coverage(
     method='double',  # of corrected_rate
     stratified=False, # as many labels from each verdict, instead of at random
     traffic=1000,     # answers
-    simulations=200,  # how many
+    simulations=2000, # how many
+    labelled=None,    # share of good answers where the labels come from; None: `rate`, as in the traffic
     seed=20,          # of the simulations
 ): # share of intervals that contain the truth, mean width
     "How often the corrected rate's interval at 95% contains the truth."
-    rng, hits, widths, kept = np.random.default_rng(seed), 0, 0., {}
-    for _ in range(simulations):
-        counts = _drawn(rng, sensitivity, specificity, rate, n, stratified, traffic)
-        if counts not in kept: kept[counts] = _from_counts(counts, traffic, stratified, method)
-        e = kept[counts]
-        hits, widths = hits + (e.low - 1e-12 <= rate <= e.high + 1e-12), widths + e.high - e.low
-    return hits / simulations, widths / simulations
+    _check_method(method)
+    if not all(0 <= x <= 1 for x in (sensitivity, specificity, rate, rate if labelled is None else labelled)): raise LabError('coverage: sensitivity, specificity and rates lie between 0 and 1')
+    if min(n, traffic, simulations) < 1 or stratified and n > traffic: raise LabError('coverage: labels, traffic and simulations are at least 1, and no more labels can be drawn from the traffic than it has')
+    counts = _drawn(np.random.default_rng(seed), sensitivity, specificity, rate, n, stratified, traffic, simulations, rate if labelled is None else labelled)
+    counts, often = np.unique(counts, axis=0, return_counts=True)
+    ends = [np.clip(methods[method](_from_counts(part, traffic, stratified))[1:3], 0, 1) for part in np.array_split(counts, math.ceil(len(counts) / 100))]
+    low, high = np.concatenate(ends, 1)
+    return float(often @ ((low <= rate + 1e-12) & (rate - 1e-12 <= high)) / simulations), float(often @ (high - low) / simulations)
 
-def _drawn(rng, sensitivity, specificity, rate, n, stratified, traffic):
-    "Accepted in the traffic; labelled and good among the accepted and among the rejected."
-    q = rate * sensitivity + (1 - rate) * (1 - specificity)
-    m = int(rng.binomial(traffic, q))
-    n1 = int(np.clip(n // 2, n - (traffic - m), m)) if stratified else int(rng.binomial(n, q))
-    good = rate * sensitivity / q if q else 0., rate * (1 - sensitivity) / (1 - q) if q < 1 else 0.
-    return m, n1, int(rng.binomial(n1, good[0])), n - n1, int(rng.binomial(n - n1, good[1]))
+# %% ../nbs/56_judges.ipynb #49779eb5
+def _drawn(rng, sensitivity, specificity, rate, n, stratified, traffic, simulations, labelled):
+    "One row a simulation: accepted in the traffic; labelled and good among the accepted and among the rejected."
+    accepted = lambda r: r * sensitivity + (1 - r) * (1 - specificity)
+    q, m = accepted(labelled), rng.binomial(traffic, accepted(rate), simulations)
+    n1 = np.clip(n // 2, n - (traffic - m), m) if stratified else rng.binomial(n, q, simulations)
+    good = labelled * sensitivity / q if q else 0., labelled * (1 - sensitivity) / (1 - q) if q < 1 else 0.
+    return np.stack([m, n1, rng.binomial(n1, good[0]), n - n1, rng.binomial(n - n1, good[1])], 1)
 
-def _from_counts(counts, traffic, stratified, method):
-    "The estimate from such counts."
-    m, n1, k1, n0, k0 = counts
-    y, f = np.r_[np.arange(n1) < k1, np.arange(n0) < k0] * 1., np.r_[np.ones(n1), np.zeros(n0)]
-    p = np.r_[np.full(n1, n1 / max(m, 1)), np.full(n0, n0 / max(traffic - m, 1))] if stratified else None
-    return corrected_rate(y, f, np.arange(traffic) < m, method, p).estimate
+def _from_counts(counts, traffic, stratified):
+    "The material that such counts stand for: good and bad, accepted and rejected answers with their numbers."
+    m, n1, k1, n0, k0 = counts.T
+    c, C = np.stack([k1, n1 - k1, k0, n0 - k0], 1), np.stack([m, traffic - m], 1)
+    w = np.repeat(C / np.maximum(np.stack([n1, n0], 1), 1), 2, axis=1) if stratified else np.ones(c.shape)
+    said = np.array([1., 0.])
+    return _Labelled(np.tile(said, 2), np.repeat(said, 2), np.repeat(said, 2), w / _mean(w, c), c, said, said, C)
 
 # %% ../nbs/56_judges.ipynb #8db27d27
 @dataclass(repr=False)
@@ -681,6 +723,7 @@ def _task_print(task):
 
 def _join(labels, items, human, where):
     "Labels with the texts that they belong to."
+    for x in (labels, items) if items is not None else (labels,): _needs_frame(x, where)
     if human not in labels: raise LabError(f'{where}: there is no column "{human}" with human labels.{closest(human, labels.columns)} There are: {", ".join(map(str, labels.columns))}')
     if items is None: return labels.reset_index(drop=True)
     for frame, who in ((labels, 'labels'), (items, 'items')):
@@ -726,13 +769,14 @@ def passport(
     progress=True,  # a bar while somebody is watching
 ): # Passport
     "Measure a judge against human labels."
+    _share_of_one(level, f'passport of {judge.where}, level')
     rows, y, missing = _labelled(judge, labels, items, human)
     g = judge.grade(rows, progress=progress)
     again = None if judge.pairs else judge.grade(rows, reverse=getattr(judge, 'scores', True), temperature=0. if getattr(judge, 'scores', True) else .7, seed=seed + 1, progress=progress)
     kept = pd.DataFrame(dict(id=g.frame.id, human=y, score=np.where(g.failed, np.nan, g.frame.score), verdict=g.frame.verdict.map(g.values).to_numpy(float), length=_length(rows, judge.pairs)))
     kept['probability'] = rows.probability.to_numpy(float) if 'probability' in rows else np.nan
     ok = kept[~g.failed]
-    if len(ok) < 4: raise LabError(f'passport of {judge.where}: it failed on {plural(int(g.failed.sum()), "answer")} of {len(kept)}: {g.frame.error[g.failed].iloc[0]}')
+    if len(ok) < 4: raise LabError(f'passport of {judge.where}: ' + (f'it failed on {plural(int(g.failed.sum()), "answer")} of {len(kept)}: {g.frame.error[g.failed].iloc[0]}' if g.failed.any() else f'{plural(len(ok), "label")} say nothing; label 50 to 200 answers'))
     how = dict(level=level, seed=seed)
     agreement, errors = _agreement(judge, ok, **how), _error_rates(judge, ok, level)
     biases = dict(position=_place(judge, g, again, **how), length=length_bias(ok.score, ok.length, ok.human, **how))
@@ -765,12 +809,12 @@ def _agreement(judge, ok, level, seed):
 def _error_rates(judge, ok, level):
     "Sensitivity and specificity with exact intervals."
     w = np.ones(len(ok)) if (p := _chances(ok)) is None else _weights(p)
-    m = _Labelled(ok.human.to_numpy(), None, None, w, None, None, level)
+    m = _Labelled(ok.human.to_numpy(), None, None, w, np.ones(len(ok)), None, None, None, level)
     good, yes = ok.human.to_numpy() >= judge.accept, (ok.verdict >= judge.accept).to_numpy(float)
     out = {}
     for name, mask, x in (('sensitivity', good, yes), ('specificity', ~good, 1 - yes)):
         share, low, high, unknown = m.share(x, mask)
-        out[name] = Estimate(math.nan if unknown else share, low, high, int(mask.sum()), 'Clopper-Pearson', level, 'no label of this class' if unknown else '')
+        out[name] = Estimate(math.nan if unknown else float(share), float(low), float(high), int(mask.sum()), 'Clopper-Pearson', level, 'no label of this class' if unknown else '')
     return out
 
 # %% ../nbs/56_judges.ipynb #85669fb7
@@ -890,6 +934,7 @@ def require_passport(
     consistent=.75,  # least share of answers with the same verdict when asked again, or in both orders
 ): # the Passport
     "Raise a `LabError` unless the judge has a valid passport for this task."
+    if not isinstance(judge, Grading): raise LabError(f'require_passport: a Judge or a Rule is needed, not a {type(judge).__name__}')
     name = getattr(task, 'name', task)
     found = [passports] if isinstance(passports, (Passport, str, Path)) else list(passports or ())
     found = [p if isinstance(p, Passport) else load_passport(p) for p in found]

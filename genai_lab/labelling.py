@@ -7,8 +7,8 @@ __all__ = ['experiment', 'draw', 'labelled_share', 'Sitting', 'read_labels', 'Sh
            'agreement', 'settled']
 
 # %% ../nbs/57_labelling.ipynb #c4968d68
-import html, json, math, os, re, time
-from dataclasses import dataclass, field
+import html, json, os, re, time
+from dataclasses import dataclass
 from datetime import datetime, timezone
 from functools import cache
 from itertools import combinations
@@ -20,8 +20,8 @@ from fastcore.basics import patch
 
 # %% ../nbs/57_labelling.ipynb #25d3c6b8
 from . import stats
-from .core import LabError, closest, fingerprint, plural, redact, settings, show_frame
-from .judges import _combined, _exact, kappa
+from .core import LabError, closest, fingerprint, plural, redact, show_frame
+from .judges import _combined, _exact, _needs_frame, kappa
 from .stats import Estimate
 from .tracking import connect, experiment_id, tracking_errors, tracking_uri
 
@@ -36,7 +36,7 @@ def _allocate(sizes, weights, n, least):
     "How many of each band: in proportion to the weights, at least `least`, never more than there are."
     take = np.minimum(sizes, least)
     if take.sum() > n: take = np.minimum(sizes, max(1, n // len(sizes)))
-    while (left := n - take.sum()) > 0 and (room := sizes - take).any():
+    while take.sum() < n and (room := sizes - take).any():
         w = np.where(room > 0, np.maximum(weights, 1e-9), 0)
         gap = np.where(room > 0, n * w / w.sum() - take, -np.inf)
         take[int(gap.argmax())] += 1
@@ -53,9 +53,11 @@ def draw(
     seed=20,         # of the draw
 ): # the drawn rows, in random order, with `band`, `band_size` and `probability`
     "Draw answers to be labelled, with known probabilities."
+    _needs_frame(items, 'draw')
     if how not in ('uncertain', 'equal', 'random'): raise LabError(f'draw: how "{how}" is not known.{closest(how, ["uncertain", "equal", "random"])} Accepted: uncertain, equal, random')
-    if not 0 < n <= len(items): raise LabError(f'draw: {n} of {plural(len(items), "item")} cannot be drawn')
+    if isinstance(n, bool) or not isinstance(n, (int, np.integer)) or not 0 < n <= len(items): raise LabError(f'draw: {n} of {plural(len(items), "item")} cannot be drawn')
     if how != 'random' and score not in items: raise LabError(f'draw: there is no column "{score}" with the judge\'s scores.{closest(score, items.columns)} Grade the items first, or draw with how="random"')
+    if how != 'random' and (not pd.api.types.is_numeric_dtype(items[score]) or not items[score].dropna().between(0, 1).all()): raise LabError(f'draw: column "{score}" has to hold scores from 0 to 1, missing where the judge failed')
     band = np.zeros(len(items), int) if how == 'random' else _bands(items[score], max(1, min(bands, n // 2)))   # at least two labels from each
     names, sizes = np.unique(band, return_counts=True)
     if len(names) > n: raise LabError(f'draw: {plural(n, "label")} are too few for {plural(len(names), "band")}, one of them of failures; draw more, or how="random"')
@@ -171,6 +173,8 @@ class Sheet:
 
     def __post_init__(self):
         if self.pairs: self.options = ('a', 'b', 'tie')
+        for k in ('show', 'options', 'hide'):
+            if isinstance(getattr(self, k), str): raise LabError(f'sheet "{self.name}": {k} is a list, such as ("{getattr(self, k)}",)')
         self.show = tuple(c for c in self.show if not (self.pairs and c == 'answer')) + (('answer_a', 'answer_b') if self.pairs else ())
         self._check()
         rng = np.random.default_rng([self.seed, int(fingerprint(self.rater)[:8], 16)])
@@ -184,10 +188,13 @@ class Sheet:
 def _check(self: Sheet):
     "Columns, ids and options."
     where = f'sheet "{self.name}"'
+    if not isinstance(self.rater, str): raise LabError(f'{where}: a rater has a name, not {self.rater!r}')
+    _needs_frame(self.items, where)
     for c in ('id', *self.show):
         if c not in self.items: raise LabError(f'{where}: there is no column "{c}".{closest(c, self.items.columns)} There are: {", ".join(map(str, self.items.columns))}')
     if told := [c for c in self.show if _telling.search(c)]: raise LabError(f'{where}: the column "{told[0]}" would tell the rater who has written an answer or how it was judged; rename it if it does not')
     if not len(self.items): raise LabError(f'{where}: there is nothing to label')
+    if self.items['id'].isna().any(): raise LabError(f'{where}: {plural(int(self.items["id"].isna().sum()), "item")} without an id')
     if self.items['id'].duplicated().any(): raise LabError(f'{where}: the id "{self.items["id"][self.items["id"].duplicated()].iloc[0]}" is there more than once')
     texts = self.items[[c for c in self.show if c.startswith('answer')] or list(self.show)[-1:]]
     blank = texts.isna() | (texts.astype(str).apply(lambda s: s.str.strip()) == '')
@@ -269,6 +276,7 @@ def say(self: Sheet,
     place, # of the option, from 0, as the rater sees it
 ):
     "Label by the place of an option; of pairs the left one is 0, the right one 1, and a tie 2."
+    if not 0 <= place < len(self.options): raise LabError(f'sheet "{self.name}": there is no option {place + 1}; there are {len(self.options)}')
     if self.pairs and place < 2 and (i := self.current) is not None and self.flip[i]: place = 1 - place
     self.answer(self.options[place])
 
@@ -368,6 +376,16 @@ def _ipython_display_(self: Sheet):
     from IPython.display import display
     display(self.widget())
 
+# %% ../nbs/57_labelling.ipynb #76f3324e
+@patch
+def _repr_html_(self: Sheet):
+    "The card at hand as a picture of the widget, for pages on which nobody presses a key."
+    part = lambda name, text: f'<div class="genai-{name}">{html.escape(text)}</div>'
+    card = ''.join(f'<div class="genai-part">{part("name", n)}{part("text", t)}</div>' for n, t in self.card()) or '<b>Everything is labelled. Thank you.</b>'
+    keys = [*(f'{i + 1}  {w}' for i, w in enumerate(self.words if self.card() else ())), 's  skip', '⌫  back']
+    buttons = ''.join(f'<button disabled>{html.escape(k)}</button>' for k in keys)
+    return f'<style>{_css}</style><div class="genai-sheet">{part("guide", self.guide)}{part("count", f"{len(self.labels)} of {len(self.items)}")}{card}<div class="genai-row">{buttons}</div></div>'
+
 # %% ../nbs/57_labelling.ipynb #fc5cca93
 @dataclass(repr=False)
 class RaterAgreement:
@@ -389,6 +407,7 @@ def agreement(
     level=.95,      # of intervals
 ): # RaterAgreement
     "Agreement between raters on the answers that they have in common."
+    _needs_frame(labels, 'agreement', 'id', 'rater', 'label')
     if labels.duplicated(['id', 'rater']).any(): raise LabError('agreement: a rater has two labels for one answer; read_labels keeps the last one')
     wide = labels.pivot(index='id', columns='rater', values='label')
     if len(wide.columns) < 2: raise LabError(f'agreement needs two raters, and there {"is only " + str(wide.columns[0]) if len(wide.columns) else "is none"}')

@@ -16,10 +16,10 @@ import numpy as np
 import pandas as pd
 
 # %% ../nbs/62_planning.ipynb #c7418380
-from .core import LabError, plural, show_frame
+from .core import plural, show_frame
+from .models import load_model
 from .tasks import Task
-from .training import Job, Tuning, _trainer, lay_out, lean_memory, learner, micro_batches, undisturbed
-from .tuning_data import TuningData
+from .training import Job, Tuning, _check_fit, _trainer, lay_out, lean_memory, learner, micro_batches, undisturbed
 
 # %% ../nbs/62_planning.ipynb #666d6607
 def _status(key):
@@ -105,6 +105,7 @@ def _time_pass(t, rows, repeat=2):
         start = time.perf_counter()
         with t.compute_loss_context_manager(): loss = t._loss(t.model, b) / max(1, len(b.target))
         loss.backward(); value = loss.item()
+        del loss # what it holds would count towards the next pass
         best = min(best, time.perf_counter() - start)
     return best, b.slots, value
 
@@ -223,8 +224,9 @@ def plan(
     "Measure a few passes and say what the run will take."
     from genai_lab.scoring import memory_budget
     import torch
-    model, given = model or data.model, config or Tuning()
-    if not isinstance(data, TuningData): raise LabError(f'plan takes what tuning_data gives, not a {type(data).__name__}')
+    model, given = model or getattr(data, 'model', None), config or Tuning()
+    if isinstance(model, str): model = load_model(model)
+    _check_fit(data, model, metric, 'plan')
     settled = given.settled(data, model)
     budget = int(memory_mb * 2**20) if memory_mb else memory_budget(torch.device(model.device)) * (1 if model.device.startswith('cuda') else 2)   # all that is free
     seen = []

@@ -11,7 +11,6 @@ from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 # %% ../nbs/67_recipes.ipynb #0a1cb96d
-import pandas as pd
 from fastcore.basics import patch
 
 # %% ../nbs/67_recipes.ipynb #63f58a1e
@@ -60,6 +59,14 @@ def _only(given, known, where):
         if k not in known: raise LabError(f'{where}: there is no key "{k}".{closest(str(k), known)} There are: {", ".join(known)}')
     return given
 
+_takes = {float: ((int, float), 'a number'), tuple: ((list, tuple), 'a list'), str: (str, 'a text'), object: ((float, str, type(None)), 'a share such as 0.2, or a table'), bool | None: ((bool, type(None)), 'true or false')}
+
+def _check_types(r, where):
+    "Refuse values of a kind that cannot be meant."
+    for f in fields(r):
+        kind, said = _takes.get(f.type, (object, ''))
+        if not isinstance(getattr(r, f.name), kind): raise LabError(f'{where}: {f.name} is {getattr(r, f.name)!r}; give {said}')
+
 def read_recipe(
     path, # of a YAML file
 ): # Recipe
@@ -70,8 +77,10 @@ def read_recipe(
     except yaml.YAMLError as e: raise LabError(f'{path}{f" line {e.problem_mark.line + 1}" if getattr(e, "problem_mark", None) else ""} cannot be read as YAML: {getattr(e, "problem", None) or e}') from None
     except (OSError, UnicodeDecodeError) as e: raise LabError(f'{path} cannot be read: {getattr(e, "strerror", None) or e}') from None
     _only(d, [f.name for f in fields(Recipe) if f.name != 'home'], path)
+    d = {k: v for k, v in d.items() if v is not None}
     if 'data' not in d: raise LabError(f'{path}: say which table holds the training rows, such as data: products.csv')
     r = Recipe(**{**d, 'home': path.parent.resolve()})
+    _check_types(r, path)
     _only(r.tuning, [f.name for f in fields(Tuning)], f'{path} tuning')
     if _only(r.register, _register_keys, f'{path} register') and not r.register.get('name'): raise LabError(f'{path} register: a model needs a name')
     return r

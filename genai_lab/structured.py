@@ -10,7 +10,7 @@ __all__ = ['most_nodes', 'most_text', 'most_chars', 'most_items', 'most_number',
 # %% ../nbs/55_structured.ipynb #29d534af
 import json, math, re
 from collections import Counter
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass
 from functools import cached_property
 from inspect import signature
 from typing import Literal
@@ -23,7 +23,7 @@ from fastcore.basics import patch
 # %% ../nbs/55_structured.ipynb #ad1445e0
 from .core import LabError, closest, fingerprint, plural, show_frame
 from .models import check_messages
-from .prompts import EmptyValue, Prompt
+from .prompts import EmptyValue
 from .stats import proportion
 
 # %% ../nbs/55_structured.ipynb #ed5aecde

@@ -7,8 +7,8 @@ __all__ = ['methods', 'Tuning', 'parameter_count', 'usual_rate', 'activation_byt
            'micro_batches', 'Steps', 'step_loader', 'completion_loss', 'token_logprobs', 'attach_loss', 'plain_head',
            'linear_names', 'learner', 'inner', 'Stopped', 'Watch', 'whole_folder', 'save_weights', 'load_weights',
            'optimizer_tensors', 'restore_optimizer', 'random_state', 'set_random_state', 'undisturbed', 'checkpoints',
-           'Job', 'as_lab_model', 'Surviving', 'Completing', 'sft_trainer', 'trainer_arguments', 'Tuned', 'curves',
-           'Live', 'run_trainer', 'finetune', 'Rates', 'find_learning_rate']
+           'Job', 'as_lab_model', 'Surviving', 'Completing', 'tuning_trainer', 'trainer_arguments', 'Tuned', 'curves',
+           'Live', 'new_job', 'run_trainer', 'finetune', 'Rates', 'find_learning_rate']
 
 # %% ../nbs/61_training.ipynb #6cc31aaf
 import copy, html, json, math, os, random, shutil, signal, sys, tempfile, threading, time, warnings
@@ -63,20 +63,24 @@ class Tuning:
     seed: int = 20              # of the adapter's start, the order of the rows and dropout
 
     def __post_init__(self):
-        object.__setattr__(self, 'targets', (self.targets,) if isinstance(self.targets, str) and self.targets else tuple(self.targets))
+        object.__setattr__(self, 'targets', (self.targets,) if isinstance(self.targets, str) and self.targets else tuple(self.targets) if isinstance(self.targets, (list, tuple, str)) else self.targets)
         _check_tuning(self)
 
 # %% ../nbs/61_training.ipynb #da5bb90d
+_whole = ('max_steps', 'batch_rows', 'batch_tokens', 'rank', 'eval_every', 'save_every', 'patience', 'seed')
+_numbers = (*_whole, 'learning_rate', 'epochs', 'alpha', 'dropout', 'warmup', 'weight_decay', 'clip', 'min_gain', 'max_loss', 'max_norm')
 _choices = dict(method=methods, schedule=('cosine', 'linear', 'constant'), precision=('', 'float32', 'bfloat16'), packing=('auto', 'share', 'pad'))
 
 def _check_tuning(c):
     "Refuse values that cannot be meant."
     for k, values in _choices.items():
         if getattr(c, k) not in values: raise LabError(f'Tuning {k}: "{getattr(c, k)}" is not known; give one of {", ".join(v or repr(v) for v in values)}.{closest(getattr(c, k), values)}')
-    for k in ('learning_rate', 'epochs', 'max_steps', 'batch_rows', 'batch_tokens', 'alpha', 'dropout', 'warmup', 'weight_decay', 'clip', 'eval_every', 'save_every', 'patience', 'min_gain', 'max_norm', 'seed'):
+    for k in _numbers:
         v = getattr(c, k)
-        if isinstance(v, bool) or not isinstance(v, (int, float)) or not 0 <= v < math.inf: raise LabError(f'Tuning {k}: {v!r} is not accepted; give a number from 0')
-    if not isinstance(c.rank, int) or c.rank < 1: raise LabError(f'Tuning rank: {c.rank!r} is not accepted; give a whole number from 1')
+        if isinstance(v, bool) or not isinstance(v, int if k in _whole else (int, float)) or not 0 <= v < math.inf: raise LabError(f'Tuning {k}: {v!r} is not accepted; give a {"whole " if k in _whole else ""}number from 0')
+    if not c.rank: raise LabError('Tuning rank: 0 is not accepted; give a whole number from 1')
+    if c.checkpointing not in (None, True, False): raise LabError(f'Tuning checkpointing: {c.checkpointing!r} is not accepted; give True, False or None')
+    if not isinstance(c.targets, tuple) or not all(isinstance(t, str) for t in c.targets): raise LabError(f'Tuning targets: {c.targets!r} is not accepted; give names of modules, such as ("q_proj", "v_proj")')
     if c.dropout >= 1 or c.warmup >= 1: raise LabError('Tuning dropout and warmup are shares; give a number below 1')
     if not c.epochs and not c.max_steps: raise LabError('Tuning: give epochs or max_steps')
     if c.max_loss <= 1: raise LabError(f'Tuning max_loss: {c.max_loss!r} is not accepted; give a number above 1')
@@ -471,17 +475,25 @@ def save_weights(
     pc.inference_mode, pc.base_model_name_or_path = True, str(base or pc.base_model_name_or_path)
     with warnings.catch_warnings(): warnings.simplefilter('ignore'); pc.save_pretrained(str(folder))
 
+def _damaged(file, e): return LabError(f'{file} is damaged or missing ({str(e)[:120]}); delete its checkpoint to go on from an earlier one, or say resume=False to begin anew')
+
+def _tensors(file):
+    "The tensors of a file."
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+    try: return load_file(file)
+    except (SafetensorError, OSError) as e: raise _damaged(file, e) from None
+
 def load_weights(
     net,    # of `learner`
     folder, # that `save_weights` wrote
 ):
     "Put what `save_weights` wrote into a model of the same making."
-    from safetensors.torch import load_file
     if hasattr(net, 'get_base_model'):
         from peft import set_peft_model_state_dict
-        set_peft_model_state_dict(net, load_file(Path(folder)/'adapter_model.safetensors'))
+        set_peft_model_state_dict(net, _tensors(Path(folder)/'adapter_model.safetensors'))
         return
-    state = {k: v for f in sorted(Path(folder).glob('*.safetensors')) if f.name.startswith('model') for k, v in load_file(f).items()}
+    state = {k: v for f in sorted(Path(folder).glob('*.safetensors')) if f.name.startswith('model') for k, v in _tensors(f).items()}
     missing, extra = net.load_state_dict(state, strict=False)
     net.tie_weights()
     if extra or any('lm_head' not in k for k in missing): raise LabError(f'{folder}: the weights do not fit the model')
@@ -537,6 +549,12 @@ def checkpoints(
     "The checkpoints that are there."
     found = {int(p.name[11:]): p for p in Path(folder).glob('checkpoint-*') if p.name[11:].isdigit() and (p/'job.json').is_file()}
     return dict(sorted(found.items()))
+
+def _remembered(path):
+    "What a checkpoint remembers."
+    file = Path(path)/'job.json'
+    try: return (seen := json.loads(file.read_text())) | dict(identity=seen['identity'])
+    except (OSError, ValueError, KeyError, TypeError) as e: raise _damaged(file, e) from None
 
 def _refuse_other(was, now, where):
     "A checkpoint is taken up only by the same model, rows and configuration."
@@ -604,7 +622,7 @@ def prune(self: Job):
 def restore(self: Job, path # of a checkpoint
            ): # what it remembers
     "Take up where a checkpoint left off."
-    seen = json.loads((Path(path)/'job.json').read_text())
+    seen = _remembered(path)
     _refuse_other(seen['identity'], json.loads(json.dumps(self.identity, default=float)), self.folder)
     self.history, self.best, self.stale, self.watch, self.tokens = seen['history'], seen['best'], seen['stale'], Watch(**seen['watch']), seen['tokens']
     return seen
@@ -655,14 +673,13 @@ class Surviving:
         self.accelerator.wait_for_everyone()
     def _load_from_checkpoint(self, path, model=None): load_weights(self.model, path)
     def _load_optimizer_and_scheduler(self, path):
-        from safetensors.torch import load_file
         if path is None: return
         seen = self.job.restore(path)
-        restore_optimizer(getattr(self.optimizer, 'optimizer', self.optimizer), self.model, load_file(Path(path)/'optimizer.safetensors'))
+        restore_optimizer(getattr(self.optimizer, 'optimizer', self.optimizer), self.model, _tensors(Path(path)/'optimizer.safetensors'))
         self.lr_scheduler.load_state_dict(seen['scheduler'])
         for g, rate in zip(self.optimizer.param_groups, self.lr_scheduler.get_last_lr()): g['lr'] = rate
     def _load_rng_state(self, path):
-        if path is not None: set_random_state(json.loads((Path(path)/'job.json').read_text())['random'])
+        if path is not None: set_random_state(_remembered(path)['random'])
     def _load_scaler(self, path): pass
     def _issue_warnings_after_load(self, result): pass
 
@@ -801,12 +818,15 @@ def _flow():
 
 # %% ../nbs/61_training.ipynb #38a71a10
 @lru_cache
-def sft_trainer():
-    "The supervised trainer of trl with everything of this module, made when trl is first needed."
+def tuning_trainer(
+    ours,                # Completing, or another heir of Surviving
+    theirs='SFTTrainer', # trainer of trl that it changes
+): # class
+    "A trainer of trl with what is ours in front of it, made when trl is first needed."
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
-        from trl import SFTTrainer
-    return type('TuningTrainer', (Completing, SFTTrainer), {})
+        import trl
+        return type(f'{ours.__name__}Trainer', (ours, getattr(trl, theirs)), {})
 
 def trainer_arguments(
     config, # Tuning, settled
@@ -819,7 +839,7 @@ def trainer_arguments(
                 gradient_checkpointing_kwargs=dict(use_reentrant=False), per_device_train_batch_size=1, gradient_accumulation_steps=1, optim='adamw_torch_fused', save_strategy='no', eval_strategy='no', logging_strategy='steps', logging_steps=1, logging_nan_inf_filter=False,
                 report_to=[], disable_tqdm=True, remove_unused_columns=False, dataloader_pin_memory=False, ddp_find_unused_parameters=False)
 
-# %% ../nbs/61_training.ipynb #e18d2b09
+# %% ../nbs/61_training.ipynb #e897fa23
 def _trainer(job, net):
     "The supervised trainer for a job."
     from datasets import Dataset
@@ -828,15 +848,19 @@ def _trainer(job, net):
     with warnings.catch_warnings():
         warnings.simplefilter('ignore')
         args = SFTConfig(**trainer_arguments(job.config, job.folder, job.model.device), max_length=None, completion_only_loss=False, dataset_kwargs=dict(skip_prepare_dataset=True))
-        t = sft_trainer()(model=net, args=args, train_dataset=rows, processing_class=job.model.tokenizer)
-    t.job, t.interrupted = job, False
-    t.steps = Steps(job.data.train, job.config.batch_rows, job.config.max_steps, job.config.seed, t.accelerator.process_index, t.accelerator.num_processes)
+        t = tuning_trainer(Completing)(model=net, args=args, train_dataset=rows, processing_class=job.model.tokenizer)
+    _equip(t, job, Steps, job.data.train)
     t.plain = plain_head(inner(net))
     if t.plain: attach_loss(inner(net))
     t.may_share = job.config.packing != 'pad' and _shares(t, net)
+    return t
+
+def _equip(t, job, kind, rows):
+    "Give a trainer its job, its steps, and the callback that says when to evaluate, save and stop."
+    c, a = job.config, t.accelerator
+    t.job, t.interrupted, t.steps = job, False, kind(rows, c.batch_rows, c.max_steps, c.seed, a.process_index, a.num_processes)
     t.callback_handler.callbacks = [cb for cb in t.callback_handler.callbacks if type(cb).__name__ not in ('PrinterCallback', 'ProgressCallback')]
     t.add_callback(_flow()(t))
-    return t
 
 # %% ../nbs/61_training.ipynb #dc0dc5c4
 def _shares(trainer, net):
@@ -949,6 +973,28 @@ def _ctrl_c(trainer):
     try: yield
     finally: signal.signal(signal.SIGINT, old)
 
+# %% ../nbs/61_training.ipynb #84a5b28c
+def new_job(
+    data,    # TuningData
+    model,   # lab model
+    config,  # Tuning; what it leaves open is settled here
+    metric,  # Task, callable(model) or None
+    folder,  # for checkpoints and the result
+    run,     # of `start_run`, or None: every field of the configuration is logged
+    show,    # whether there are a bar and live curves
+    kind='sft', # which a checkpoint has to agree with
+    **noted, # what else is logged
+): # Job
+    "A job with everything settled; of several processes one has the run."
+    from accelerate import PartialState
+    state = PartialState(cpu=model.device == 'cpu')
+    config = config.settled(data, model, state.num_processes)
+    with disk_errors(folder): Path(folder).expanduser().mkdir(parents=True, exist_ok=True)
+    job = Job(config, model, data, Path(folder).expanduser().resolve(), metric, run if state.is_main_process else None, show, kind=kind)
+    facts = dict(asdict(config), **noted, rows=data.fingerprint, train_rows=len(data.train), model=model.fingerprint)
+    if job.run is not None: job.run.log_params({f'tuning.{k}': v for k, v in facts.items()})
+    return job
+
 # %% ../nbs/61_training.ipynb #4c019e06
 def _start(folder, resume):
     "The checkpoint to go on from, or None."
@@ -967,10 +1013,9 @@ def run_trainer(
     "Train, with everything around it: resume, Ctrl-C, progress."
     job = trainer.job
     start = _start(job.folder, resume) if trainer.is_world_process_zero() or resume is not False else None
-    if start is not None: _refuse_other(json.loads((start/'job.json').read_text())['identity'], json.loads(json.dumps(job.identity, default=float)), job.folder)
+    if start is not None: _refuse_other(_remembered(start)['identity'], json.loads(json.dumps(job.identity, default=float)), job.folder)
     done = int(start.name[11:]) if start is not None else 0
     if start is not None and (done >= job.config.max_steps or _out_of_patience(job, start)): job.restore(start); load_weights(trainer.model, start); return job
-    job.folder.mkdir(parents=True, exist_ok=True)
     trainer.live = Live(job, done, job.show and trainer.is_world_process_zero())
     with _ctrl_c(trainer), _quiet_warnings(), lean_memory(bool(job.config.checkpointing)):
         try: trainer.train(resume_from_checkpoint=str(start) if start is not None else None)
@@ -979,8 +1024,7 @@ def run_trainer(
     return job
 
 def _out_of_patience(job, start):
-    seen = json.loads((start/'job.json').read_text())
-    return bool(job.config.patience) and seen['stale'] >= job.config.patience
+    return bool(job.config.patience) and _remembered(start)['stale'] >= job.config.patience
 
 @contextmanager
 def _quiet_warnings():
@@ -1002,21 +1046,17 @@ def finetune(
     progress=True,   # bar and live curves while somebody is watching
 ): # Tuned
     "Tune a model on checked rows."
-    began, model = time.perf_counter(), model or data.model
+    began, model = time.perf_counter(), model or getattr(data, 'model', None)
     if isinstance(model, str): model = load_model(model)
     _check_fit(data, model, metric)
-    from accelerate import PartialState
-    world = PartialState(cpu=model.device == 'cpu').num_processes
-    config = (config or Tuning()).settled(data, model, world)
-    job = Job(config, model, data, Path(folder).expanduser().resolve(), metric, run if PartialState().is_main_process else None, progress)
-    if job.run is not None: job.run.log_params({f'tuning.{k}': v for k, v in asdict(config).items()} | {'tuning.rows': data.fingerprint, 'tuning.train_rows': len(data.train), 'tuning.model': model.fingerprint})
-    trainer = _trainer(job, learner(model, config))
+    job = new_job(data, model, config or Tuning(), metric, folder, run, progress)
+    trainer = _trainer(job, learner(model, job.config))
     run_trainer(trainer, resume)
     return _finished(job, trainer, time.perf_counter() - began)
 
-def _check_fit(data, model, metric):
+def _check_fit(data, model, metric=None, what='finetune'):
     "What has to agree before anything is spent."
-    if not isinstance(data, TuningData): raise LabError(f'finetune takes what tuning_data gives, not a {type(data).__name__}')
+    if not isinstance(data, TuningData): raise LabError(f'{what} takes what tuning_data gives, not a {type(data).__name__}')
     if data.kind == 'preference': raise LabError('these rows are preferences; tune on them with `preferences.prefer`, or give prompt= and completion=')
     if not isinstance(model, TransformersModel): raise LabError(f'model {getattr(model, "name", model)} is no local model of transformers and cannot be tuned here')
     if model is not data.model and model.tokenizer.get_vocab() != data.model.tokenizer.get_vocab(): raise LabError(f'the rows were cut into tokens of model {data.model.name}, which model {model.name} does not share; call tuning_data with model {model.name}')
@@ -1061,7 +1101,10 @@ def find_learning_rate(
 ): # Rates
     "Raise the rate step by step, on a copy, and see what the loss does."
     import torch
-    model = model or data.model
+    model = model or getattr(data, 'model', None)
+    if isinstance(model, str): model = load_model(model)
+    _check_fit(data, model, what='find_learning_rate')
+    if not 0 < low < high or steps < 5: raise LabError(f'find_learning_rate: low {low!r}, high {high!r} and steps {steps!r} are not accepted; the first rate is above 0 and below the last, and there are at least five')
     c = replace((config or Tuning()).settled(data, model), max_steps=steps)
     with tempfile.TemporaryDirectory() as tmp, undisturbed():
         t = _trainer(Job(c, model, data, Path(tmp)), learner(model, c))

@@ -228,6 +228,7 @@ def _fit(examples, most, too_long, what):
     longest = max(map(len, long))
     if too_long == 'error': raise LabError(f'{plural(len(long), f"{what} row")} {"are" if len(long) > 1 else "is"} longer than {most:,} tokens (the longest has {longest:,}): rows {_some([e.row for e in long])}; shorten them, raise max_length, or say too_long="drop" or "cut"')
     if too_long == 'drop': return [e for e in examples if len(e) <= most], {f'{what} rows longer than {most:,} tokens, left out': len(long)}
+    if too_long == 'split' and not all(min(e.loss) for e in long): raise LabError(f'{what} row {long[0].row}: too_long="split" is for running text; a question and its answer belong together, so say "drop" or "cut"')
     if too_long == 'split': return [x for e in examples for x in _windows(e, most)], {f'{what} rows longer than {most:,} tokens, split': len(long)}
     cut = [e if len(e) <= most else _cut_left(e, most, what) for e in examples]
     return cut, {f'{what} rows longer than {most:,} tokens, cut on the left': len(long)}
@@ -248,6 +249,11 @@ def _columns_of(prompt, frame):
     if isinstance(prompt, Prompt): return [v for v in dict.fromkeys(v for t in prompt._templates for v in template_variables(t)) if v in frame.columns]
     return [prompt]
 
+def _text_of(v, row, column):
+    "A cell as text: numbers are written out, what is missing is empty, anything else is refused."
+    if isinstance(v, (bytes, bytearray, dict, list, tuple, set, np.ndarray)): raise LabError(f'row {row}: column "{column}" holds no text but {type(v).__name__}; write down as text what the model is to read or say')
+    return '' if pd.isna(v) else str(v)
+
 def _contexts(model, frame, prompt, chat, extra):
     "The prompt of each row as the text that the model reads."
     if isinstance(prompt, Prompt):
@@ -258,7 +264,7 @@ def _contexts(model, frame, prompt, chat, extra):
             try: rendered.append(prompt.render({**r, **extra}, chat))
             except EmptyValue as e: raise LabError(f'row {i}: {e}') from None
     else:
-        rendered = ['' if v is None or v != v else v if isinstance(v, list) else str(v) for v in frame[prompt]]
+        rendered = [v if isinstance(v, list) else _text_of(v, i, prompt) for i, v in enumerate(frame[prompt])]
         if empty := [i for i, v in enumerate(rendered) if not v or isinstance(v, str) and not v.strip()]: raise LabError(f'{plural(len(empty), "row")} {"have" if len(empty) > 1 else "has"} an empty prompt in column "{prompt}": rows {_some(empty)}')
         if chat: rendered = [v if isinstance(v, list) else [dict(role='user', content=v)] for v in rendered]
     return [v if isinstance(v, str) else model.render(v) for v in rendered]
@@ -266,7 +272,7 @@ def _contexts(model, frame, prompt, chat, extra):
 # %% ../nbs/60_tuning_data.ipynb #9c73a674
 def _answers(frame, column):
     "The completions as text; empty ones are refused."
-    texts = ['' if v is None or v != v else str(v) for v in frame[column]]
+    texts = [_text_of(v, i, column) for i, v in enumerate(frame[column])]
     if empty := [i for i, t in enumerate(texts) if not t.strip()]: raise LabError(f'{plural(len(empty), "row")} {"have" if len(empty) > 1 else "has"} an empty completion in column "{column}": rows {_some(empty)}; drop them, or write down what the answer should have been')
     return texts
 
@@ -327,18 +333,28 @@ def tuning_data(
     if not hasattr(model, 'tokenizer'): raise LabError(f'model {model.name} is an endpoint; only a model of the transformers back end can be tuned here')
     by, extra = dict(prompt=prompt, completion=completion, messages=messages, text=text, chosen=chosen, rejected=rejected), {}
     if isinstance(frame, Task): frame, by, extra = _of_task(frame, by)
-    kind = _kind(by)
+    kind, allow = _kind(by), [_known(a, _checks) for a in ([allow] if isinstance(allow, str) else allow)]
     chat = _chat(model, kind, chat, frame, by)
     train, held = _parts(frame, eval, by, seed)
-    d = _built(model, kind, train, held, by, chat, extra, max_length or model.context_length, _known(too_long, ('error', 'drop', 'cut', 'split')), _known(leaks, ('error', 'drop')), near)
+    d = _built(model, kind, train, held, by, chat, extra, _most(model, max_length), _known(too_long, ('error', 'drop', 'cut', 'split')), _known(leaks, ('error', 'drop')), near)
     if bad := next((c for c in d.checks if c.level == 'error' and c.name not in allow), None): raise LabError(f'{bad.text}' + ('' if bad.name == 'secrets' else f' (or accept it with allow=("{bad.name}",))'))
     return d
 
 # %% ../nbs/60_tuning_data.ipynb #9d03a292
+_checks = ('same rows', 'one class', 'leak', 'near leak', 'duplicates', 'contradictions', 'balance', 'unseen labels', 'personal data', 'secrets', 'equal sides', 'crossed pairs')
+
 def _known(value, values):
     "The value, if it is one of those accepted."
-    if value not in values: raise LabError(f'"{value}" is not accepted; give one of {", ".join(values)}.{closest(value, values)}')
+    if value not in values: raise LabError(f'"{value}" is not accepted; give one of {", ".join(values)}.{closest(str(value), values)}')
     return value
+
+def _most(model, asked):
+    "The most tokens of a row, never more than the context holds."
+    room = model.context_length
+    if asked is None: return room
+    if isinstance(asked, bool) or not isinstance(asked, int) or asked < 2: raise LabError(f'max_length: {asked!r} is not accepted; give a number of tokens from 2, or None for the {room:,} that fit')
+    if asked > room: raise LabError(f'max_length: {asked:,} tokens are more than the {room:,} that the context of model {model.name} holds; give at most these')
+    return asked
 
 def _chat(model, kind, chat, frame, by):
     "Whether the chat template is used; chats need one."
@@ -360,7 +376,9 @@ def _parts(frame, held, by, seed):
 def _frame(frame, by, where):
     "A frame with the columns that were named, and at least one row."
     frame = (frame if isinstance(frame, pd.DataFrame) else load_frame(frame)).reset_index(drop=True)
-    require_columns(frame, [c for c in by.values() if isinstance(c, str) and c], where)
+    named = [c for c in by.values() if isinstance(c, str) and c]
+    require_columns(frame, named, where)
+    if twice := next((c for c in named if (frame.columns == c).sum() > 1), None): raise LabError(f'{where}: there is more than one column "{twice}"; rename one')
     if not len(frame): raise LabError(f'{where} has no rows')
     return frame
 
@@ -395,8 +413,11 @@ def _fitted_sides(sides, most, too_long):
     return *out, done
 
 def _check_pairs(chosen, rejected):
-    "Preference pairs whose sides are equal."
+    "Preference pairs whose sides are equal, or that contradict another pair."
     same = [c.row for c, r in zip(chosen, rejected) if c.ids == r.ids]
+    worse = {r.ids: r.row for c, r in zip(chosen, rejected) if c.ids != r.ids}
+    crossed = [(c.row, worse[c.ids]) for c in chosen if worse.get(c.ids, c.row) != c.row]
+    if crossed: yield Check('error', 'crossed pairs', f'{plural(len(crossed), "preference pair")} {"have" if len(crossed) > 1 else "has"} a better answer that is the worse one of the same question elsewhere, such as rows {crossed[0][0]} and {crossed[0][1]}; settle which it is', tuple(a for a, _ in crossed))
     if same: yield Check('error', 'equal sides', f'{plural(len(same), "preference pair")} {"have" if len(same) > 1 else "has"} equal sides: rows {_some(same)}; such a pair prefers nothing, leave it out', tuple(same))
 
 # %% ../nbs/60_tuning_data.ipynb #483723de

@@ -7,8 +7,8 @@ __all__ = ['general_texts', 'general_task', 'Kept', 'text_kept', 'task_kept', 'c
            'Worth', 'worth']
 
 # %% ../nbs/64_worth.ipynb #28b55bed
-import html, math, time
-from dataclasses import dataclass, field, replace
+import html, math
+from dataclasses import dataclass, replace
 
 # %% ../nbs/64_worth.ipynb #a89c89e7
 import numpy as np, pandas as pd
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/64_worth.ipynb #079f3e28
 from . import stats
-from .core import LabError, closest, plural, show_frame
+from .core import LabError, plural, show_frame
 from .evaluation import compare, evaluate
 from .prompts import Prompt
 from .tasks import Task
@@ -132,7 +132,7 @@ _powers = np.linspace(.1, 2, 20)
 
 def _fit_power(n, errors):
     "Least squares of a + b n^-c with a, b >= 0 for many rows of errors: (a, b, c), each (rows,)."
-    best, rows = np.full(len(errors), np.inf), np.arange(len(errors))
+    best = np.full(len(errors), np.inf)
     out, m = np.zeros((3, len(errors))), errors.mean(1)
     for c in _powers:
         x = (n / n.max())**-c

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from genai_lab.core import LabError
-from genai_lab.grounding import Groundedness, Scale, default_scale, fit_scale, grounding, measures, most_characters, sentences
+from genai_lab.grounding import Groundedness, Scale, default_scale, fit_scale, grounding, measures, most_characters
 
 SOURCES = ['Items can be returned within 30 days of delivery. Keep the receipt. Gift cards cannot be returned.',
            'Refunds go to the original payment method in 5 to 7 business days. The Berlin shop is open on Saturday.']
@@ -91,6 +91,7 @@ def test_bad_input_is_said_in_one_line():
     with pytest.raises(LabError, match='no column "humam".*Did you mean "human"'): fit_scale(labelled(), human='humam')
     with pytest.raises(LabError, match='a list with int'): grounding('Keep it.', [3])
     with pytest.raises(LabError, match='sources are a text or a list of texts, this is int'): grounding('Keep it.', 3)
+    with pytest.raises(LabError, match='this is dict'): grounding('Keep it.', {'policy': 'Keep it.'})
     with pytest.raises(LabError, match='the answer is int'): grounding(3, SOURCES)
     with pytest.raises(LabError, match='not "drop"'): Groundedness(action='drop')
     v = Groundedness().check('Keep it.', dict(sources=[3]))

@@ -6,8 +6,8 @@ import pytest
 
 from genai_lab.core import LabError
 from genai_lab.evaluation import compare, evaluate, summarise
-from genai_lab.guarding import GuardedModel, guard, guard_report
-from genai_lab.guards import Guard, Length, PersonalData, Pipeline, Terms, Toxic, Verdict, sorry
+from genai_lab.guarding import guard, guard_report
+from genai_lab.guards import Guard, PersonalData, Pipeline, Toxic, Verdict, sorry
 from genai_lab.models import Model
 from genai_lab.prompts import Prompt
 from genai_lab.store import remember
@@ -126,6 +126,8 @@ def test_reports_that_cannot_be_made_say_why():
 def test_wrong_ways_to_guard_are_refused(kept):
     with pytest.raises(LabError, match='guarded already'): guard(guard(kept, []), [])
     with pytest.raises(LabError, match='tries is a whole number'): guard(kept, [], tries=-1)
+    with pytest.raises(LabError, match='a model is needed, or its name, not a NoneType'): guard(None, [])
+    with pytest.raises(LabError, match='no model "nowhere"'): guard('nowhere', [])
     with pytest.raises(LabError, match='a dict or a function'): guard(kept, [], context=[1])
 
 

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from test_reports import chromium  # noqa: F401 (a fixture)
 
 from genai_lab import labelling as lb
 from genai_lab.core import LabError
@@ -84,6 +83,23 @@ def test_skipping_ends_and_taking_back_at_the_start_does_nothing():
     assert s.labels == {}
 
 
+def test_draws_and_keys_that_cannot_be_meant():
+    pool = pd.DataFrame(dict(id=range(20), score=.5))
+    for odd, why in ((dict(n=5.5), 'cannot be drawn'), (dict(n=0), 'cannot be drawn'), (dict(items=pool.assign(score=7.)), 'scores from 0 to 1'), (dict(items=pool.assign(score='x')), 'scores from 0 to 1'), (dict(items=[1]), 'a DataFrame')):
+        with pytest.raises(LabError, match=why): lb.draw(**{**dict(items=pool, n=5), **odd})
+    for place in (-1, 2):
+        with pytest.raises(LabError, match='there are 2'): lb.Sheet(items(), 'x', 'anna', keep=False).say(place)
+    with pytest.raises(LabError, match='column "rater"'): lb.agreement(items().assign(label='yes'), ['no', 'yes'])
+
+
+def test_a_sheet_has_a_picture_in_which_nothing_runs():
+    s = lb.Sheet(items().assign(answer='<script>alert(1)</script>'), 'x', 'anna', guide='Is it <b>good</b>?', keep=False)
+    page = s._repr_html_()
+    assert '<script>' not in page and '<b>good' not in page and '0 of 6' in page and '2  yes' in page
+    while s.current is not None: s.answer('no')
+    assert 'Everything is labelled' in s._repr_html_() and '2  yes' not in s._repr_html_()
+
+
 def test_two_sittings_of_one_rater_do_not_overwrite_each_other(home):
     a, b = lb.Sheet(items(), 'returns', 'anna'), lb.Sheet(items(), 'returns', 'anna')
     a.answer('yes'); b.skip(); b.answer('no'); a.skip(); a.answer('no')
@@ -116,7 +132,8 @@ def test_pairs_are_shown_with_sides_drawn_and_labels_turned_back():
 
 
 @pytest.mark.parametrize('change, why', [(dict(show=('question', 'model')), '"model" would tell'), (dict(show=('answr',)), 'Did you mean "answer"'), (dict(options=('yes',)), 'between two and nine'),
-                                         (dict(items=items(0)), 'nothing to label'), (dict(items=items().assign(id='q')), 'more than once'), (dict(items=items().assign(answer=' ')), 'is empty'), (dict(rater="o'neil; drop"), 'no name for a rater')])
+                                         (dict(items=items(0)), 'nothing to label'), (dict(items=items().assign(id='q')), 'more than once'), (dict(items=items().assign(answer=' ')), 'is empty'), (dict(rater="o'neil; drop"), 'no name for a rater'),
+                                         (dict(rater=None), 'a rater has a name'), (dict(items=[1]), 'a DataFrame is needed'), (dict(items=items().assign(id=[None, *'bcdef'])), '1 item without an id'), (dict(options='yes'), 'options is a list'), (dict(hide='gpt'), 'hide is a list')])
 def test_bad_sheets_are_refused(change, why, home):
     with pytest.raises(LabError, match=why): lb.Sheet(**{**dict(items=items(), name='x', rater='anna'), **change})
 

@@ -197,3 +197,24 @@ def test_preference_pairs(m):
     fails(lambda: tuning_data(pairs.assign(worse=pairs.department), m, prompt='product', chosen='department', rejected='worse'), '12 preference pairs have equal sides')
     long = pairs.assign(worse=['Fish'] * 11 + ['Fish ' * 90])
     assert len(tuning_data(long, m, prompt='product', chosen='department', rejected='worse', max_length=80, too_long='drop').rejected) == 11
+    crossed = pd.concat([pairs, pairs.iloc[:1].assign(department='Fish', worse='Vegetables')])
+    fails(lambda: tuning_data(crossed, m, prompt='product', chosen='department', rejected='worse'), 'the worse one of the same question elsewhere, such as rows 0 and 12', 'allow=("crossed pairs",)')
+    assert len(tuning_data(crossed, m, prompt='product', chosen='department', rejected='worse', allow='crossed pairs').train) == 13
+
+
+def test_no_row_is_longer_than_the_context(bare):
+    long = pd.concat([things, pd.DataFrame([dict(product='peas ' * 80, department='Deli')])])
+    fails(lambda: tuning_data(long, bare, prompt='product', completion='department'), '1 training row is longer than 64 tokens')
+    fails(lambda: tuning_data(long, bare, prompt='product', completion='department', max_length=4000), '4,000 tokens are more than the 64 that the context of model bare holds')
+    for n in (0, 1, -3, 2.5, 'many', True): fails(lambda: tuning_data(things, bare, prompt='product', completion='department', max_length=n), 'max_length', 'from 2')
+    fails(lambda: tuning_data(long, bare, prompt='product', completion='department', too_long='split'), 'training row 12', 'belong together')
+
+
+def test_what_is_no_text_is_not_learned_as_if_it_were(bare):
+    for odd in (b'\xff\xfe', dict(a=1), ['Deli'], ('Deli',)):
+        fails(lambda: tuning_data(things.assign(department=[odd] * 12), bare, prompt='product', completion='department'), 'row 0: column "department" holds no text but')
+    fails(lambda: tuning_data(things.assign(product=b'ham'), bare, prompt='product', completion='department'), 'holds no text but bytes')
+    fails(lambda: tuning_data(things.assign(department=pd.Series([pd.NA] * 12, dtype='string')), bare, prompt='product', completion='department'), '12 rows have an empty completion')
+    assert learned(tuning_data(things.assign(department=[1, 2, 3.5] * 4), bare, prompt='product', completion='department')).startswith(' 1')
+    fails(lambda: tuning_data(pd.concat([things, things[['department']]], axis=1), bare, prompt='product', completion='department'), 'more than one column "department"')
+    fails(lambda: tuning_data(things, bare, prompt='product', completion='department', allow='one clas'), 'Did you mean "one class"?')
