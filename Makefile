@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV   := .venv
 BIN    := $(VENV)/bin
 STAMP  := $(VENV)/.installed
+# processes of pytest: as many as cores and memory allow; 0 is none beside its own
+WORKERS ?= auto
 
 .PHONY: help install demo test check lab ui readme fresh clean
 
@@ -31,7 +33,7 @@ demo: $(STAMP)
 test: $(STAMP)
 	@$(BIN)/genai-lab models fetch
 	$(BIN)/nbdev-test nbs
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 
 check: $(STAMP)
 	@$(BIN)/python .ci/gates.py

@@ -3904,6 +3904,8 @@ d = { 'settings': {'branch': 'main', 'doc_baseurl': '/', 'doc_host': '', 'git_ur
                                     'genai_lab.training.Surviving._moved': ('training.html#surviving._moved', 'genai_lab/training.py'),
                                     'genai_lab.training.Surviving._save_checkpoint': ( 'training.html#surviving._save_checkpoint',
                                                                                        'genai_lab/training.py'),
+                                    'genai_lab.training.Surviving._send_telemetry': ( 'training.html#surviving._send_telemetry',
+                                                                                      'genai_lab/training.py'),
                                     'genai_lab.training.Surviving._shared': ('training.html#surviving._shared', 'genai_lab/training.py'),
                                     'genai_lab.training.Surviving._stop_if': ('training.html#surviving._stop_if', 'genai_lab/training.py'),
                                     'genai_lab.training.Surviving.log': ('training.html#surviving.log', 'genai_lab/training.py'),

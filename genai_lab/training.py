@@ -667,6 +667,7 @@ def judge(self: Job,
 class Surviving:
     "For trainers of trl: atomic checkpoints, exact resume, guards, early stopping, live history. Set `job` before training."
     job = None
+    def _send_telemetry(self): "trl would tell its makers that it is used; this trainer tells nobody."
     def _save_checkpoint(self, model, trial=None):
         if not all(p.isfinite().all() for p in self.model.parameters() if p.requires_grad): self._stop_if('the last step left weights that are no numbers; take a lower learning rate')
         if self.is_world_process_zero(): self.job.save(self.model, self.optimizer, self.lr_scheduler, self.state)

@@ -8,9 +8,20 @@ import pytest
 
 root = Path(__file__).resolve().parents[1]
 os.environ.setdefault('TOKENIZERS_PARALLELISM', 'false')
+os.environ.setdefault('HF_HUB_DISABLE_TELEMETRY', '1')   # trl's own trainers, which tests compare with, would tell
+if 'PYTEST_XDIST_WORKER' in os.environ: os.environ.setdefault('OMP_NUM_THREADS', '1')   # the cores are taken by the other workers
 
 # Tests that are started in the background inherit an ignored SIGINT, and so would the commands they interrupt.
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN: signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    "For `-n auto`: a worker for each core that has 3 GB of free memory to itself, and none where that makes one."
+    import psutil
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count()
+    n = min(cores, psutil.virtual_memory().available // 3_000_000_000, 8)
+    return n if n > 1 else 0
 
 
 @pytest.fixture(scope='session')
@@ -59,3 +70,14 @@ def model():
     "The embedded model."
     from genai_lab.models import load_model
     return load_model('smollm2-135m')
+
+
+@pytest.fixture(scope='session')
+def chromium(tmp_path_factory):
+    "A browser."
+    from browser import Chromium
+    program = next((p for n in ('chromium', 'chromium-browser', 'google-chrome', 'chrome') if (p := shutil.which(n))), None)
+    if not program: pytest.skip('no Chromium here (apt-get install chromium)')
+    browser = Chromium(program, tmp_path_factory.mktemp('chromium'))
+    yield browser
+    browser.close()

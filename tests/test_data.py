@@ -244,8 +244,7 @@ def test_duckdb_is_repeatable():
     ('select * from t where n > 5', ['the query has no rows', 'only the columns product, n']),
     ('select 1 as a, 2 as a', ['the column "a" is there 2 times']),
     ('select * from secret_variable', ['there is no table "secret_variable"'])])
-def test_duckdb_errors(query, parts):
-    secret_variable = pd.DataFrame(dict(a=[1]))            # a query does not reach into Python
+def test_duckdb_errors(query, parts, secret_variable=pd.DataFrame(dict(a=[1]))):   # a query does not reach into Python
     msg = said(load_frame, query=query, tables=dict(t=[dict(product='ice', n=1)]))
     for p in parts: assert p in msg
 

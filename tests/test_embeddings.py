@@ -1,6 +1,5 @@
 "Vectors: right, independent of their company, remembered, and there again after damage."
 import os, shutil, sqlite3, subprocess, sys, zipfile, hashlib
-from pathlib import Path
 
 import numpy as np
 import pytest

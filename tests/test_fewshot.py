@@ -7,10 +7,9 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from genai_lab.core import LabError
 from genai_lab.data import find_leaks, normal_form, retail_departments
 from genai_lab.embeddings import embed
-from genai_lab.fewshot import (balanced_examples, bm25_examples, fixed_examples, kinds, mmr_examples, nearest_examples, pieces, random_examples, selector_from, similar)
+from genai_lab.fewshot import (bm25_examples, fixed_examples, kinds, mmr_examples, nearest_examples, pieces, random_examples, selector_from, similar)
 from genai_lab.prompts import EmptyValue, Prompt, load_prompt, save_prompt
 from genai_lab.tasks import Task
 from test_embeddings import wrong

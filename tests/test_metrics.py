@@ -167,6 +167,7 @@ def test_classes_import_by_name():
         cls = getattr(importlib.import_module('genai_lab.metrics'), s.cls)
         assert pickle.loads(pickle.dumps(cls)) is cls and type(load_metric(s.name)) is cls
     from genai_lab.metrics import BLEU, CHRF, ROUGE, Accuracy, Confusion, ExactMatch, MacroF1, TokenF1
+    assert {BLEU, CHRF, ROUGE, Accuracy, Confusion, ExactMatch, MacroF1, TokenF1} <= {type(load_metric(n)) for n in M.specs}
     assert ExactMatch(ignore_case=True).compute(predictions=['A'], references=['a']) == {'exact_match': 1}
     with pytest.raises(AttributeError): M.Perplexity
 

@@ -3,7 +3,6 @@ import json
 import math
 import shutil
 
-import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -51,7 +50,6 @@ def test_the_first_step_is_that_of_trl(tiny, tmp_path):
     ours = prefer(four, config=config, folder=tmp_path / 'ours', progress=False).to_frame().iloc[0]
     rows = Dataset.from_list([dict(_pair_of(c, r), prompt='', chosen='', rejected='') for c, r in zip(four.train, four.rejected)])
     args = DPOConfig(output_dir=str(tmp_path / 'trl'), max_steps=1, per_device_train_batch_size=4, learning_rate=1e-5, beta=.1, use_cpu=True, bf16=False, gradient_checkpointing=False, report_to=[], disable_tqdm=True, save_strategy='no', logging_steps=1, max_grad_norm=1e9)
-    from genai_lab.preferences import dpo_trainer
     plain = type('Plain', (DPOTrainer,), dict(_prepare_dataset=lambda self, dataset, *a, **k: dataset))(model=learner(tiny, config.settled(four, tiny)), args=args, train_dataset=rows, processing_class=tiny.tokenizer)
     plain.train()
     theirs = next(l for l in plain.state.log_history if 'loss' in l)

@@ -1,6 +1,5 @@
 "Templates from elsewhere and texts of guests: no way out of the sandbox, no forged role, no closed block."
 import datetime
-import itertools
 import random
 
 import numpy as np

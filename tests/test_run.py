@@ -35,7 +35,7 @@ def no_process_is_left(tmp_path, request):
             if mark and str(tmp_path) in p.environ().get('GENAI_LAB_TRACKING_URI', ''): found[p.pid] = p.cmdline()
         return found
     yield
-    deadline = time.monotonic() + 10   # a killed runner's kernel ends itself within a second or two
+    deadline = time.monotonic() + 30   # a killed runner's kernel ends itself within a second or two
     while mine() and time.monotonic() < deadline: time.sleep(.1)
     assert mine() == {}
     assert not list(tmp_path.glob('cache/spool/*')) or 'full_disk' in request.node.name
@@ -178,11 +178,11 @@ def test_a_lab_error_in_a_notebook_is_one_line():
 
 
 def test_a_time_out_says_where_it_was():
-    result = run_notebook(notebooks / 'hangs.ipynb', timeout=4)
+    result = run_notebook(notebooks / 'hangs.ipynb', timeout=12)
     run, folder, _ = stored(result)
     assert (result.exit_code, run.info.status, run.data.tags['failure.kind']) == (124, 'FAILED', 'timeout')
     assert run.data.metrics == dict(before=1)
-    assert 'stopped after the time-out of 4 s in cell 3 of 4' in result.reason
+    assert 'stopped after the time-out of 12 s in cell 3 of 4' in result.reason
     assert 'KeyboardInterrupt' in sources_and_outputs(folder / 'hangs.ipynb')[2][1]   # interrupted, so that the notebook shows where
 
 

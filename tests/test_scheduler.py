@@ -2,13 +2,11 @@
 import json
 import os
 import random
-import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
-from pathlib import Path
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -39,7 +37,7 @@ def no_process_is_left(tmp_path):
             except (psutil.Error, OSError): continue
         return found
     yield
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 30
     while mine() and time.monotonic() < deadline: time.sleep(.1)
     assert mine() == {}
 
@@ -68,31 +66,31 @@ def run(grid, **kw):
 
 
 def test_every_cell_is_a_run_below_one_parent(tmp_path):
-    result = run(axes_grid(notebook(tmp_path, log_n), ['n=1,2,3']))
-    assert (result.exit_code, result.counts()['finished']) == (0, 3)
+    result = run(axes_grid(notebook(tmp_path, log_n), ['n=1,2']))
+    assert (result.exit_code, result.counts()['finished']) == (0, 2)
     runs = children('FINISHED')
-    assert sorted(r.data.metrics['n'] for r in runs) == [1, 2, 3]
+    assert sorted(r.data.metrics['n'] for r in runs) == [1, 2]
     assert {r.data.tags['mlflow.parentRunId'] for r in runs} == {result.run_id}
     parent = connect().get_run(result.run_id)
     folder = local_path(parent.info.artifact_uri)
-    assert parent.info.status == 'FINISHED' and parent.data.metrics['finished'] == 3
+    assert parent.info.status == 'FINISHED' and parent.data.metrics['finished'] == 2
     assert {'runs.csv', 'summary.html', 'summary.ipynb', 'summary.json', 'notebooks/noop.ipynb'} <= {p.relative_to(folder).as_posix() for p in folder.rglob('*')}
-    assert len(result.to_frame()) == 3 and '3 finished' in str(result) and '3 finished' in result._repr_html_()
+    assert len(result.to_frame()) == 2 and '2 finished' in str(result) and '2 finished' in result._repr_html_()
 
 
 def test_a_gpu_place_is_never_used_twice_at_a_time(tmp_path):
     see = "import os, time\nfrom genai_lab.tracking import start_run\nrun = start_run('noop')\nbegin = time.time()\ntime.sleep(.4)\nrun.log_metrics(dict(gpu=int(os.environ['CUDA_VISIBLE_DEVICES']), threads=int(os.environ['OMP_NUM_THREADS']), begin=begin, end=time.time()))\nrun.finish()"
-    run(axes_grid(notebook(tmp_path, see), ['n=1,2,3,4,5']), gpus='3,5', threads=1)
+    run(axes_grid(notebook(tmp_path, see), ['n=1,2,3,4']), gpus='3,5', threads=1)
     seen = sorted((r.data.metrics['gpu'], r.data.metrics['begin'], r.data.metrics['end']) for r in children('FINISHED'))
-    assert len(seen) == 5 and {g for g, *_ in seen} == {3, 5}
+    assert len(seen) == 4 and {g for g, *_ in seen} == {3, 5}
     assert all(a[2] <= b[1] for a, b in zip(seen, seen[1:]) if a[0] == b[0])
     assert {r.data.metrics['threads'] for r in children()} == {1}
 
 
 def test_a_failing_cell_is_an_answer_and_stops_nobody_else(tmp_path):
-    result = run(axes_grid(notebook(tmp_path, 'assert n != 2, "two is wrong"', log_n), ['n=1,2,3']), retries=3)
-    assert (result.exit_code, result.counts()) == (1, dict(finished=2, done=0, failed=1, skipped=0))
-    assert len(children()) == 3
+    result = run(axes_grid(notebook(tmp_path, 'assert n != 2, "two is wrong"', log_n), ['n=2,3']), workers=1, retries=3)
+    assert (result.exit_code, result.counts()) == (1, dict(finished=1, done=0, failed=1, skipped=0))
+    assert len(children()) == 2
     assert 'two is wrong' in str(result) and connect().get_run(result.run_id).info.status == 'FAILED'
 
 
@@ -115,7 +113,7 @@ def test_no_more_failures_than_wanted(tmp_path):
 
 
 def test_a_time_out_is_for_each_run(tmp_path):
-    result = run(axes_grid(notebook(tmp_path, 'import time\nif n == 1: time.sleep(60)', log_n), ['n=1,2']), timeout=20)
+    result = run(axes_grid(notebook(tmp_path, 'import time\nif n == 1: time.sleep(90)', log_n), ['n=1,2']), timeout=30)
     assert [s.status for s in result.states] == ['failed', 'finished'] and 'time-out' in result.states[0].reason
 
 
@@ -132,25 +130,25 @@ def test_later_notebooks_take_what_earlier_ones_found_and_are_left_out_when_thos
 
 def test_the_notebook_as_it_was_at_the_start_is_what_runs(tmp_path):
     path = notebook(tmp_path, "import pathlib\np = pathlib.Path('noop.ipynb')\np.write_text(p.read_text().replace('log_metric(', 'log_metric(\\\\\"changed\\\\\" + '))", log_n)
-    result = run(axes_grid(path, ['n=1,2,3']), workers=1)
+    result = run(axes_grid(path, ['n=1,2']), workers=1)
     assert result.exit_code == 0 and 'changed' in path.read_text()
-    assert all(set(r.data.metrics) == {'n'} for r in children())
+    assert [set(r.data.metrics) for r in children()] == [{'n'}] * 2
 
 
 def test_resuming_does_only_what_is_missing_and_says_why(tmp_path):
     path = notebook(tmp_path, once + "\nassert not (n == 2 and first)", log_n)
-    grid = lambda: axes_grid(path, ['n=1,2,3'], dict(flag=str(tmp_path)))
+    grid = lambda: axes_grid(path, ['n=1,2'], dict(flag=str(tmp_path)))
     first = run(grid())
     assert first.counts()['failed'] == 1
     again = run(grid(), resume=True)
-    assert again.counts() == dict(finished=1, done=2, failed=0, skipped=0) and again.run_id == first.run_id
+    assert again.counts() == dict(finished=1, done=1, failed=0, skipped=0) and again.run_id == first.run_id
     assert all('same code, parameters, inputs and library' in s.looked for s in again.states if s.status == 'done')
     assert 'no finished run' in next(s.looked for s in again.states if s.status == 'finished')
-    assert connect().get_run(again.run_id).info.status == 'FINISHED' and len(children('FINISHED')) == 3
+    assert connect().get_run(again.run_id).info.status == 'FINISHED' and len(children('FINISHED')) == 2
     third = run(grid(), resume=True)
-    assert third.counts()['done'] == 3 and '3 done before' in str(third)
+    assert third.counts()['done'] == 2 and '2 done before' in str(third)
     path.write_text(path.read_text().replace("run.log_metric('n', n)", "run.log_metric('n', n + 0)"))
-    assert run(grid(), resume=True).counts()['finished'] == 3
+    assert run(grid(), resume=True).counts()['finished'] == 2
 
 
 def test_resuming_notices_that_data_has_changed(tmp_path):
@@ -245,18 +243,21 @@ def test_a_grid_that_runs_is_not_started_again(tmp_path):
 def test_kill_9_of_anything_at_any_time_loses_nothing_and_does_nothing_twice(tmp_path):
     path = notebook(tmp_path, 'import time\ntime.sleep(.3)', log_n)
     args, rng = (path, '-g', f'n={",".join(map(str, range(cells_under_fire)))}', '--workers', '2', '--retries', '100', '--resume'), random.Random(20)
-    p = start(tmp_path, *args)
+    p, landed = start(tmp_path, *args), []
     for k in range(kills):
         time.sleep(rng.uniform(.3, 5))
-        me = psutil.Process(p.pid)
-        if not me.is_running() or p.poll() is not None: p.communicate(); p = start(tmp_path, *args); continue
-        family = me.children(recursive=True)
-        what = rng.choice(['runner', 'worker', 'kernel'])
-        chosen = [me] if what == 'runner' else [c for c in family if ('ipykernel' in ' '.join(_cmdline(c))) == (what == 'kernel')]
-        if chosen: rng.choice(chosen).kill()
+        what, chosen = ('kernel', 'runner', 'worker')[k % 3], []
+        while not chosen and p.poll() is None:
+            family = psutil.Process(p.pid).children(recursive=True)
+            chosen = [p] if what == 'runner' else [c for c in family if ('ipykernel' in ' '.join(_cmdline(c))) == (what == 'kernel')]
+            if not chosen: time.sleep(.1)
+        if chosen and p.poll() is None:
+            with suppress(psutil.NoSuchProcess): rng.choice(chosen).kill(); landed.append(what)
         if p.poll() is not None or what == 'runner': p.communicate(); p = start(tmp_path, *args)
     out, err = p.communicate(timeout=1200)
     if p.returncode: out, err = start(tmp_path, *args).communicate(timeout=600)
+    print(f'{len(landed)} of {kills} kills came before the grid had ended:', *landed)
+    assert len(landed) > kills / 2
     done = sorted(r.data.metrics['n'] for r in children('FINISHED'))
     assert done == list(range(cells_under_fire)), err
     client = connect()

@@ -11,8 +11,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
 from genai_lab.core import LabError
-from genai_lab.scoring import (EngineStats, PackedModel, Score, Scorer, context_window, encode_pairs, out_of_memory, prefix_tree,
-                               rolling_windows, run_end)
+from genai_lab.scoring import (EngineStats, PackedModel, Scorer, context_window, encode_pairs, out_of_memory, rolling_windows)
 
 transformers.logging.set_verbosity_error()
 V = 300

@@ -1,15 +1,14 @@
 "Remembered answers: kill -9, several processes, damage, full disks, secrets, replay."
-import json, os, signal, sqlite3, subprocess, sys, threading, time, warnings
+import json, os, signal, sqlite3, subprocess, sys, threading, time
 from pathlib import Path
 
 import pytest
 
 from faultproxy import Upstream
 from genai_lab.core import LabError, ModelEntry
-from genai_lab.generation import Generation
 from genai_lab.models import HTTPModel
 from genai_lab.scoring import Score
-from genai_lab.store import RememberedModel, Store, remember, replay_model
+from genai_lab.store import Store, remember, replay_model
 
 root = Path(__file__).resolve().parents[1]
 
@@ -141,7 +140,7 @@ def work(path, pause, n): return subprocess.Popen([sys.executable, '-c', worker,
 
 
 def test_killed_at_any_moment(tmp_path):
-    path, told = tmp_path / 'a.db', set()
+    path, told, landed = tmp_path / 'a.db', set(), 0
     for kill_after in (1, 2, 3, 5, 8):
         p = work(path, .03, 30)
         new = []
@@ -149,12 +148,14 @@ def test_killed_at_any_moment(tmp_path):
             if int(line) not in told: new.append(int(line))
             if len(new) >= kill_after: p.kill(); break
         p.communicate()
+        landed += p.returncode == -signal.SIGKILL
         told |= set(new)
         db = sqlite3.connect(path)
         assert db.execute('pragma integrity_check').fetchone() == ('ok',)
         kept = {json.loads(r)['continuation'] for r, in db.execute('select request from answers')}
         db.close()
         assert len(told - {int(k.split()[-1]) for k in kept}) == 0, 'an answer that had been reported was lost'
+    assert landed >= 3
     p = work(path, 0, 30)
     assert p.communicate()[0].split()[-1] == 'end' and len(Store(path)) == 30
 
@@ -306,7 +307,7 @@ assert not {{'torch', 'transformers', 'openai', 'pandas'}} & set(sys.modules), s
         assert p.returncode == 0, p.stderr
         assert p.stdout.splitlines() == [f'smollm2-135m {model.fingerprint} True 8192 True', str([s.logprob for s in want])]
     told = replay_model(tmp_path / 'a.jsonl')
-    msg = fails(lambda: told.loglikelihood([*pairs, ('x', ' y'), ('x', ' z')]), '2 answers of 4', 'replay forbids', "'x'")
+    fails(lambda: told.loglikelihood([*pairs, ('x', ' y'), ('x', ' z')]), '2 answers of 4', 'replay forbids', "'x'")
     fails(lambda: told.count_tokens('x'), 'model itself')
     fails(lambda: replay_model(tmp_path / 'a.jsonl', 'smollm'), 'Did you mean "smollm2-135m"?')
     fails(lambda: remember(model, tmp_path / 'empty.db', replay=True), 'no store')

@@ -48,7 +48,7 @@ class Postgres:
     def start(self):
         args = [programs[-1] / 'postgres', '-D', self.folder / 'data', '-k', self.folder, '-p', str(self.port), '-c', 'listen_addresses=127.0.0.1', '-c', 'fsync=off', '-c', 'max_connections=200']
         self.process = subprocess.Popen(args, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, cwd='/', start_new_session=True, **self.who)
-        assert wait_for(self.answers), 'PostgreSQL does not start'
+        assert wait_for(self.answers, 180), 'PostgreSQL does not start'
 
     def answers(self): return subprocess.run([programs[-1] / 'pg_isready', '-q', '-h', '127.0.0.1', '-p', str(self.port)]).returncode == 0
 
@@ -111,7 +111,7 @@ class Server:
         env.pop('PYTEST_CURRENT_TEST', None)   # MLflow's server is stricter under pytest
         self.process = subprocess.Popen([sys.executable, '-m', 'mlflow', 'server', '--backend-store-uri', self.store, '--serve-artifacts', '--artifacts-destination', str(self.folder), '--host', '127.0.0.1',
                                          '--port', str(self.port), '--workers', '1', '--uvicorn-opts', '--log-level=warning'], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True, env=env)
-        assert wait_for(self.answers), 'the tracking server does not start'
+        assert wait_for(self.answers, 180), 'the tracking server does not start'
         return self
 
     def answers(self):

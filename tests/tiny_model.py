@@ -1,5 +1,4 @@
 "A model of two layers with the tokenizer of the embedded one, for tests of mechanism: everything is real but its wisdom."
-import json
 import shutil
 import warnings
 from pathlib import Path
