@@ -16,7 +16,7 @@ import numpy as np, pandas as pd
 from .core import LabError, plural, show_frame
 from .evaluation import evaluate
 from .models import TransformersModel, load_model
-from .training import Completing, Tuning, _check_fit, _chunk, _finished, _trainer, inner, learner, new_job, plain_head, run_trainer, tuning_trainer
+from .training import Completing, Tuning, _chunk, _finished, _fitting, _trainer, inner, learner, new_job, plain_head, run_trainer, tuning_trainer
 
 # %% ../nbs/66_distillation.ipynb #0eed63d3
 @dataclass(repr=False)
@@ -124,10 +124,9 @@ def distill(
     progress=True,  # bar and live curves while somebody is watching
 ): # Tuned
     "Let a student learn the teacher's distribution over tokens."
-    began, model = time.perf_counter(), model or getattr(data, 'model', None)
-    model, teacher = (load_model(m) if isinstance(m, str) else m for m in (model, teacher))
+    began, teacher = time.perf_counter(), load_model(teacher) if isinstance(teacher, str) else teacher
     if not isinstance(teacher, TransformersModel): raise LabError(f'teacher {getattr(teacher, "name", teacher)} is no local model and shows nobody its distribution; distil from its answers instead, with `teach`')
-    _check_fit(data, model, metric)
+    model = _fitting(data, model, metric, 'distill')
     _check_vocabularies(teacher, model)
     if not temperature > 0 or not 0 <= mix < 1: raise LabError(f'temperature {temperature!r} and mix {mix!r}: the first is above 0, the second from 0 to below 1 (mix=1 is what finetune does)')
     kind = f'distillation from {teacher.fingerprint}, temperature {temperature:g}, mix {mix:g}'

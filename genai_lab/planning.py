@@ -17,9 +17,8 @@ import pandas as pd
 
 # %% ../nbs/62_planning.ipynb #c7418380
 from .core import plural, show_frame
-from .models import load_model
 from .tasks import Task
-from .training import Job, Tuning, _check_fit, _trainer, lay_out, lean_memory, learner, micro_batches, undisturbed
+from .training import Job, Tuning, _fitting, _trainer, lay_out, lean_memory, learner, micro_batches, undisturbed
 
 # %% ../nbs/62_planning.ipynb #666d6607
 def _status(key):
@@ -224,9 +223,7 @@ def plan(
     "Measure a few passes and say what the run will take."
     from genai_lab.scoring import memory_budget
     import torch
-    model, given = model or getattr(data, 'model', None), config or Tuning()
-    if isinstance(model, str): model = load_model(model)
-    _check_fit(data, model, metric, 'plan')
+    model, given = _fitting(data, model, metric, 'plan'), config or Tuning()
     settled = given.settled(data, model)
     budget = int(memory_mb * 2**20) if memory_mb else memory_budget(torch.device(model.device)) * (1 if model.device.startswith('cuda') else 2)   # all that is free
     seen = []

@@ -16,9 +16,7 @@ from fastcore.basics import patch
 
 # %% ../nbs/63_preferences.ipynb #23e6090d
 from .core import LabError
-from .models import load_model
-from .training import Steps, Surviving, Tuning, _equip, _finished, learner, new_job, parameter_count, run_trainer, step_loader, trainer_arguments, tuning_trainer, usual_rate
-from .tuning_data import TuningData
+from .training import Steps, Surviving, Tuning, _equip, _finished, _fitting, learner, new_job, parameter_count, run_trainer, step_loader, trainer_arguments, tuning_trainer, usual_rate
 
 # %% ../nbs/63_preferences.ipynb #f5d1ecc4
 def _pair_of(chosen, rejected):
@@ -126,19 +124,11 @@ def prefer(
     progress=True,    # bar and live curves while somebody is watching
 ): # Tuned
     "Tune a model on pairs of a better and a worse answer."
-    began, model = time.perf_counter(), model or getattr(data, 'model', None)
-    _check_pairs_fit(data, beta)
-    model = load_model(model) if isinstance(model, str) else model
+    began, model = time.perf_counter(), _fitting(data, model, metric, 'prefer', pairs=True)
+    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf: raise LabError(f'beta {beta!r} is not accepted; give a number above 0, such as 0.1')
     config = config or Tuning()
     if not config.learning_rate: config = replace(config, learning_rate=usual_rate(config.method, parameter_count(model)) / 5)
     job = new_job(data, model, config, metric, folder, run, progress, f'dpo, beta {beta:g}', beta=beta)
     trainer = _preference_trainer(job, learner(model, job.config), beta)
     run_trainer(trainer, resume)
     return _finished(job, trainer, time.perf_counter() - began)
-
-# %% ../nbs/63_preferences.ipynb #92f7b45f
-def _check_pairs_fit(data, beta):
-    "What has to agree before anything is spent."
-    if not isinstance(data, TuningData): raise LabError(f'prefer takes what tuning_data gives, not a {type(data).__name__}')
-    if data.kind != 'preference': raise LabError(f'these rows are of kind "{data.kind}" and have no worse answer; give tuning_data prompt=, chosen= and rejected=, or tune on them with finetune')
-    if isinstance(beta, bool) or not isinstance(beta, (int, float)) or not 0 < beta < math.inf: raise LabError(f'beta {beta!r} is not accepted; give a number above 0, such as 0.1')

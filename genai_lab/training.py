@@ -553,8 +553,10 @@ def checkpoints(
 def _remembered(path):
     "What a checkpoint remembers."
     file = Path(path)/'job.json'
-    try: return (seen := json.loads(file.read_text())) | dict(identity=seen['identity'])
-    except (OSError, ValueError, KeyError, TypeError) as e: raise _damaged(file, e) from None
+    try: seen = json.loads(file.read_text())
+    except (OSError, ValueError) as e: raise _damaged(file, e) from None
+    if not isinstance(seen, dict) or 'identity' not in seen: raise _damaged(file, 'it says nothing of the run that made it')
+    return seen
 
 def _refuse_other(was, now, where):
     "A checkpoint is taken up only by the same model, rows and configuration."
@@ -1047,21 +1049,22 @@ def finetune(
     progress=True,   # bar and live curves while somebody is watching
 ): # Tuned
     "Tune a model on checked rows."
-    began, model = time.perf_counter(), model or getattr(data, 'model', None)
-    if isinstance(model, str): model = load_model(model)
-    _check_fit(data, model, metric)
+    began, model = time.perf_counter(), _fitting(data, model, metric)
     job = new_job(data, model, config or Tuning(), metric, folder, run, progress)
     trainer = _trainer(job, learner(model, job.config))
     run_trainer(trainer, resume)
     return _finished(job, trainer, time.perf_counter() - began)
 
-def _check_fit(data, model, metric=None, what='finetune'):
-    "What has to agree before anything is spent."
+def _fitting(data, model, metric=None, what='finetune', pairs=False):
+    "The model to tune, loaded, once all that has to agree agrees."
     if not isinstance(data, TuningData): raise LabError(f'{what} takes what tuning_data gives, not a {type(data).__name__}')
-    if data.kind == 'preference': raise LabError('these rows are preferences; tune on them with `preferences.prefer`, or give prompt= and completion=')
+    if pairs and data.kind != 'preference': raise LabError(f'these rows are of kind "{data.kind}" and have no worse answer; give tuning_data prompt=, chosen= and rejected=, or tune on them with finetune')
+    if not pairs and data.kind == 'preference': raise LabError('these rows are preferences; tune on them with `preferences.prefer`, or give prompt= and completion=')
+    model = load_model(model) if isinstance(model, str) else model or data.model
     if not isinstance(model, TransformersModel): raise LabError(f'model {getattr(model, "name", model)} is no local model of transformers and cannot be tuned here')
     if model is not data.model and model.tokenizer.get_vocab() != data.model.tokenizer.get_vocab(): raise LabError(f'the rows were cut into tokens of model {data.model.name}, which model {model.name} does not share; call tuning_data with model {model.name}')
     if metric is not None and not isinstance(metric, Task) and not callable(metric): raise LabError(f'a metric is a Task or a function of a model, not a {type(metric).__name__}')
+    return model
 
 # %% ../nbs/61_training.ipynb #2f7a02db
 def _finished(job, trainer, seconds):
@@ -1102,9 +1105,7 @@ def find_learning_rate(
 ): # Rates
     "Raise the rate step by step, on a copy, and see what the loss does."
     import torch
-    model = model or getattr(data, 'model', None)
-    if isinstance(model, str): model = load_model(model)
-    _check_fit(data, model, what='find_learning_rate')
+    model = _fitting(data, model, what='find_learning_rate')
     if not 0 < low < high or steps < 5: raise LabError(f'find_learning_rate: low {low!r}, high {high!r} and steps {steps!r} are not accepted; the first rate is above 0 and below the last, and there are at least five')
     c = replace((config or Tuning()).settled(data, model), max_steps=steps)
     with tempfile.TemporaryDirectory() as tmp, undisturbed():

@@ -73,6 +73,8 @@ def test_pairs_that_cannot_be_used(tiny, data, tmp_path):
     with pytest.raises(LabError, match='have no worse answer'): prefer(tuning_data(pairs, tiny, prompt='q', completion='good', chat=False), folder=tmp_path / 'x')
     with pytest.raises(LabError, match='beta 0'): prefer(data, beta=0, folder=tmp_path / 'x')
     with pytest.raises(LabError, match='takes what tuning_data gives'): prefer(pairs, folder=tmp_path / 'x')
+    with pytest.raises(LabError, match='no local model'): prefer(data, model=object(), folder=tmp_path / 'x')
+    with pytest.raises(LabError, match='a metric is a Task'): prefer(data, metric=3, folder=tmp_path / 'x')
     with pytest.raises(LabError, match='`preferences.prefer`'): finetune(data, folder=tmp_path / 'x')
     prefer(data, config=Tuning(rank=4, max_steps=1), folder=tmp_path / 'y', progress=False)
     with pytest.raises(LabError, match='another run: kind was'): prefer(data, beta=.5, config=Tuning(rank=4, max_steps=1), folder=tmp_path / 'y', progress=False)
